@@ -1,0 +1,21 @@
+"""Memory: slabs that are page-locked and registered once, slots, leases, and copies to and from a device."""
+
+from kvrdma.memory.copier import BlockCopier, Copy, CpuCopier, Fence
+from kvrdma.memory.pool import Lease, PinnedPool, Spans
+from kvrdma.memory.slab import MemfdSlabs, Memory, SlabSource, available_memory_nbytes
+from kvrdma.memory.slots import SlotAllocator
+
+__all__ = [
+    "BlockCopier",
+    "Copy",
+    "CpuCopier",
+    "Fence",
+    "Lease",
+    "MemfdSlabs",
+    "Memory",
+    "PinnedPool",
+    "SlabSource",
+    "SlotAllocator",
+    "Spans",
+    "available_memory_nbytes",
+]

@@ -1,0 +1,146 @@
+"""Slabs: the large pieces of memory that are mapped, touched, page-locked and registered once."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import logging
+import mmap
+import os
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvrdma.errors import CapacityError, RegionError
+
+logger = logging.getLogger(__name__)
+
+PAGE_NBYTES: Final = mmap.PAGESIZE
+_MADV_POPULATE_WRITE: Final = 23  # Linux 5.14
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Memory:
+    """A range of memory that transfers may use: a slab of ours, or an engine's own pool.
+
+    `keepalive` owns the memory; `fd` names it to other processes where it can be shared. Two of them are
+    equal only if they are the same object, so one can be a key of a table of registrations.
+    """
+
+    address: int
+    nbytes: int
+    keepalive: Any = field(default=None, repr=False)
+    fd: int | None = None
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.nbytes < 1 or self.address < 1:
+            raise RegionError(f"memory: address and size must be above 0, got {self.address}, {self.nbytes}")
+
+    @classmethod
+    def of(cls, buffer: Any) -> Memory:
+        """Describe a writable, contiguous buffer (a bytearray, an array), which it keeps alive."""
+        array = np.frombuffer(buffer, dtype=np.uint8)
+        if not array.flags.writeable:
+            raise RegionError("memory: the buffer is read-only; a writable one is needed")
+        return cls(array.ctypes.data, array.nbytes, keepalive=array)
+
+    def array(self) -> NDArray[np.uint8]:
+        """The bytes as uint8[nbytes], without a copy. Valid as long as this object is."""
+        if isinstance(self.keepalive, np.ndarray):
+            return self.keepalive
+        raw = (ctypes.c_uint8 * self.nbytes).from_address(self.address)
+        return np.frombuffer(raw, dtype=np.uint8)
+
+
+class SlabSource(Protocol):
+    """Where slabs come from: memfds here; named files, huge pages or a device elsewhere."""
+
+    def allocate(self, nbytes: int) -> Memory:
+        """Map `nbytes` that are touched, and page-locked where that is allowed; raises `CapacityError`."""
+
+    def release(self, memory: Memory) -> None:
+        """Give back what `allocate` gave. Views that still exist keep the pages, not the descriptor."""
+
+
+class MemfdSlabs:
+    """Anonymous memory with a descriptor that a process on the same host can be given.
+
+    Sealed against shrinking, so that nobody who maps it can be hit by SIGBUS. Pages are locked where the
+    limit allows; `unlocked_nbytes` counts those that are not, and the first refusal warns.
+    """
+
+    def __init__(self, *, lock: bool = True) -> None:
+        self._lock = lock
+        self._guard = threading.Lock()
+        self.locked_nbytes = 0
+        self.unlocked_nbytes = 0
+
+    def allocate(self, nbytes: int) -> Memory:
+        """Map one slab; raises `CapacityError` where the host has not that much memory."""
+        nbytes = -(-nbytes // PAGE_NBYTES) * PAGE_NBYTES
+        available = available_memory_nbytes()
+        if nbytes > available:
+            raise CapacityError(f"slab of {nbytes} bytes: the host has {available} bytes available")
+        fd = os.memfd_create("kvrdma-slab", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(fd, nbytes)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+            mapping = mmap.mmap(fd, nbytes, mmap.MAP_SHARED)
+            array = np.frombuffer(mapping, dtype=np.uint8)
+            _touch(array)
+        except BaseException:
+            os.close(fd)
+            raise
+        self._page_lock(array)
+        return Memory(array.ctypes.data, nbytes, keepalive=array, fd=fd)
+
+    def release(self, memory: Memory) -> None:
+        """Close the descriptor and let go of the pages."""
+        _libc.munlock(ctypes.c_void_p(memory.address), ctypes.c_size_t(memory.nbytes))
+        if memory.fd is not None:
+            os.close(memory.fd)
+
+    def _page_lock(self, array: NDArray[np.uint8]) -> None:
+        if not self._lock:
+            return
+        refused = _libc.mlock(ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes))
+        with self._guard:
+            if not refused:
+                self.locked_nbytes += array.nbytes
+                return
+            first = self.unlocked_nbytes == 0
+            self.unlocked_nbytes += array.nbytes
+        if first:
+            logger.warning(
+                "pool memory is not page-locked (%s): copies and RDMA may be slower. "
+                "Raise the limit with `ulimit -l unlimited`, or LimitMEMLOCK=infinity in the unit file",
+                os.strerror(ctypes.get_errno()),
+            )
+
+
+def _touch(array: NDArray[np.uint8]) -> None:
+    """Make every page present, so that no first use waits for the kernel."""
+    refused = _libc.madvise(
+        ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes), _MADV_POPULATE_WRITE
+    )
+    if not refused:
+        return
+    code = ctypes.get_errno()
+    if code != errno.EINVAL:
+        raise CapacityError(f"slab of {array.nbytes} bytes: cannot be made present ({os.strerror(code)})")
+    array[::PAGE_NBYTES] = 0  # kernels before 5.14
+
+
+def available_memory_nbytes() -> int:
+    """Bytes that the kernel says can be had without swapping."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise CapacityError("/proc/meminfo names no MemAvailable: Linux 3.14 or newer is needed")

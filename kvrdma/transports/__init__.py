@@ -1,0 +1,30 @@
+"""Transports: one-sided READ and WRITE between registered memory of two processes, by scheme."""
+
+from kvrdma.transports.base import (
+    Endpoint,
+    Listener,
+    MemoryRegion,
+    Opcode,
+    Priority,
+    RemoteRegion,
+    Rights,
+    Transfer,
+    TransferBatch,
+    Transport,
+)
+from kvrdma.transports.registry import negotiate, transports
+
+__all__ = [
+    "Endpoint",
+    "Listener",
+    "MemoryRegion",
+    "Opcode",
+    "Priority",
+    "RemoteRegion",
+    "Rights",
+    "Transfer",
+    "TransferBatch",
+    "Transport",
+    "negotiate",
+    "transports",
+]

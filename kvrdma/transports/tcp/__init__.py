@@ -1,0 +1,5 @@
+"""TCP: emulated one-sided READ and WRITE on registered regions, for hosts without RDMA."""
+
+from kvrdma.transports.tcp.transport import TcpTransport
+
+__all__ = ["TcpTransport"]

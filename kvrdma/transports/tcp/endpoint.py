@@ -1,0 +1,383 @@
+"""An endpoint of the tcp transport: several streams, operations in flight, and what the peer may do here."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from kvrdma.errors import ClosedError, DeadlineError, KVRDMAError, ProtocolError, RegionError, TransportError
+from kvrdma.layout import Bitmap, Int64s
+from kvrdma.memory import Lease
+from kvrdma.transports.base import (
+    Endpoint,
+    Opcode,
+    Priority,
+    Transfer,
+    TransferBatch,
+    check_open,
+)
+from kvrdma.transports.regions import RangeStatus, RegionTable, explain
+from kvrdma.transports.tcp import wire
+from kvrdma.transports.tcp.iovec import make_iovecs
+from kvrdma.transports.tcp.loop import IoLoop, Timer
+from kvrdma.transports.tcp.responder import Responder
+from kvrdma.transports.tcp.stream import OutFrame, Stream
+from kvrdma.transports.tcp.wire import Frame, Header
+
+logger = logging.getLogger(__name__)
+
+PIECE_NBYTES: Final = 4 << 20
+MIN_PIECE_NBYTES: Final = 256 << 10
+_PIECE_RANGES: Final = 4096
+_DEPTH: Final = 8  # pieces in flight a stream; more wait here, where a LOAD can overtake them
+_URGENT: Final = -1
+_REPLY_TO: Final = {Opcode.READ: Frame.READ_REPLY, Opcode.WRITE: Frame.WRITE_REPLY}
+
+
+@dataclass(slots=True, eq=False)
+class _Operation:
+    """A posted batch: its transfer, and how many of its pieces are not terminal."""
+
+    transfer: Transfer
+    ok: Bitmap
+    pieces_left: int
+    timers: tuple[Timer, ...] = ()
+    error: KVRDMAError | None = None
+    cancelled: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class _Piece:
+    """What goes as one request on one stream."""
+
+    operation: _Operation
+    opcode: Opcode
+    priority: int
+    rows: Int64s
+    addresses: Int64s
+    nbytes: Int64s
+    tokens: list[bytes]
+    remote_rows: Int64s
+    remote_offsets: Int64s
+    keepalive: Any
+    number: int = 0
+    stream: Stream | None = None
+    arriving: Bitmap | None = None
+
+
+class TcpEndpoint(Endpoint):
+    """Emulates one-sided READ and WRITE: the peer's I/O thread serves requests, its callers never do.
+
+    All state below belongs to the loop's thread; other threads only post calls to it.
+    """
+
+    def __init__(
+        self, socks: Sequence[socket.socket], loop: IoLoop, table: RegionTable, *, peer: str, ticket: bytes
+    ) -> None:
+        self._loop = loop
+        self._table = table
+        self._peer = peer
+        self._ticket = ticket
+        self._closed = False
+        self._close_callbacks: list[Callable[[], None]] = []
+        self._guard = threading.Lock()
+        self._operations: set[_Operation] = set()
+        self._waiting: list[tuple[int, int, _Piece]] = []
+        self._in_flight: dict[int, _Piece] = {}
+        self._numbers = itertools.count(1)
+        self._streams = [Stream(sock, loop, self) for sock in socks]
+        self._responder = Responder(table)
+        loop.call_soon(self._start)
+
+    # -- the interface, on any thread
+
+    @property
+    def peer(self) -> str:
+        """Who is at the other end, for logs."""
+        return self._peer
+
+    @property
+    def ticket(self) -> bytes:
+        """What the end that connected said of itself."""
+        return self._ticket
+
+    def closed(self) -> bool:
+        """Whether it was closed, aborted, or lost its peer."""
+        return self._closed
+
+    def add_close_callback(self, callback: Callable[[], None]) -> None:
+        """Call back once when the endpoint is closed."""
+        with self._guard:
+            if not self._closed:
+                self._close_callbacks.append(callback)
+                return
+        callback()
+
+    def post(
+        self,
+        batch: TransferBatch,
+        *,
+        hold: Lease | None = None,
+        priority: Priority = Priority.LOAD,
+        timeout: float | None = None,
+    ) -> Transfer:
+        """Queue a batch; returns at once."""
+        check_open(self._closed, f"tcp endpoint to {self._peer}")
+        self._table.check(batch.local)
+        for remote in batch.remote:
+            if remote.scheme != "tcp" or len(remote.token) != wire.TOKEN_NBYTES:
+                raise RegionError(f"tcp: a remote region of scheme {remote.scheme!r} cannot be used here")
+        n = len(batch)
+        operation = _Operation(Transfer(n, hold=hold), np.ones(n, dtype=np.bool_), 0)
+        transfer = operation.transfer
+        transfer._on_cancel = lambda: self._loop.call_soon(lambda: self._cancel(operation))
+        pieces = self._split(batch, operation, int(priority))
+        operation.pieces_left = len(pieces)
+        if not pieces:
+            transfer.finish(operation.ok)
+            return transfer
+        self._loop.call_soon(lambda: self._submit(operation, pieces, timeout))
+        return transfer
+
+    def close(self, *, timeout: float = 5.0) -> None:
+        """Let posted transfers end, then close."""
+        if self._closed:
+            return
+        if not self._loop.inside():
+            deadline = time.monotonic() + timeout
+            pending: list[Transfer] = []
+            self._loop.run(lambda: pending.extend(op.transfer for op in self._operations))
+            for transfer in pending:
+                try:
+                    transfer.result(max(0.0, deadline - time.monotonic()))
+                except DeadlineError:
+                    break
+        self._loop.run(self._say_goodbye)
+        self._end(ClosedError(f"tcp endpoint to {self._peer}: closed"))
+
+    def abort(self) -> None:
+        """End at once."""
+        self._end(ClosedError(f"tcp endpoint to {self._peer}: aborted"))
+
+    def _end(self, error: KVRDMAError) -> None:
+        self._loop.run(lambda: self._tear_down(error))
+
+    def _split(self, batch: TransferBatch, operation: _Operation, priority: int) -> list[_Piece]:
+        """Cut a batch into pieces that go as one request each, ranges that are too long included."""
+        n = len(batch)
+        if n == 0:
+            return []
+        bases = np.array([region.memory.address for region in batch.local], dtype=np.int64)
+        rows = np.arange(n, dtype=np.int64)
+        addresses = bases[batch.local_rows] + batch.local_offsets
+        remote_rows, remote_offsets, nbytes = batch.remote_rows, batch.remote_offsets, batch.nbytes
+        total = batch.total_nbytes
+        piece_nbytes = min(PIECE_NBYTES, max(MIN_PIECE_NBYTES, -(-total // len(self._streams))))
+        if int(nbytes.max()) > piece_nbytes:
+            parts = -(-nbytes // piece_nbytes)
+            within = np.arange(int(parts.sum())) - np.repeat(np.cumsum(parts) - parts, parts)
+            shift = within * piece_nbytes
+            rows = np.repeat(rows, parts)
+            nbytes = np.minimum(piece_nbytes, nbytes[rows] - shift)
+            addresses = addresses[rows] + shift
+            remote_rows, remote_offsets = remote_rows[rows], remote_offsets[rows] + shift
+        starts = np.cumsum(nbytes) - nbytes
+        group = (starts // piece_nbytes) * (len(rows) // _PIECE_RANGES + 1) + np.arange(len(rows)) // _PIECE_RANGES
+        cuts = [0, *(np.flatnonzero(np.diff(group)) + 1).tolist(), len(rows)]
+        keepalive = (batch.local, operation.transfer)
+        pieces = []
+        for first, last in itertools.pairwise(cuts):
+            part = slice(first, last)
+            used, local_names = np.unique(remote_rows[part], return_inverse=True)
+            pieces.append(
+                _Piece(
+                    operation,
+                    batch.opcode,
+                    priority,
+                    rows[part],
+                    addresses[part],
+                    nbytes[part],
+                    [batch.remote[row].token for row in used],
+                    local_names.astype(np.int64),
+                    remote_offsets[part],
+                    keepalive,
+                )
+            )
+        return pieces
+
+    # -- on the loop's thread
+
+    def _start(self) -> None:
+        for stream in self._streams:
+            if not self._closed:
+                stream.start()
+
+    def _submit(self, operation: _Operation, pieces: list[_Piece], timeout: float | None) -> None:
+        if self._closed:
+            operation.ok[:] = False
+            operation.transfer.finish(operation.ok, ClosedError(f"tcp endpoint to {self._peer}: closed"))
+            return
+        self._operations.add(operation)
+        if timeout is not None:
+            now = time.monotonic()
+            operation.timers = (
+                self._loop.call_at(now + timeout, lambda: self._time_out(operation, timeout)),
+                self._loop.call_at(now + 2 * timeout, lambda: self._give_up(timeout)),
+            )
+        for piece in pieces:
+            piece.number = next(self._numbers)
+            heapq.heappush(self._waiting, (piece.priority, piece.number, piece))
+        self._dispatch()
+
+    def _dispatch(self) -> None:
+        while self._waiting and not self._closed:
+            stream = min(self._streams, key=lambda s: s.in_flight)
+            if stream.in_flight >= _DEPTH:
+                return
+            piece = heapq.heappop(self._waiting)[2]
+            if piece.operation.cancelled:
+                self._finish_piece(piece, None)
+                continue
+            piece.stream = stream
+            stream.in_flight += 1
+            self._in_flight[piece.number] = piece
+            writes = piece.opcode is Opcode.WRITE
+            head = wire.encode_request(
+                Frame.WRITE_REQUEST if writes else Frame.READ_REQUEST,
+                piece.number,
+                piece.priority,
+                piece.tokens,
+                piece.remote_rows,
+                piece.remote_offsets,
+                piece.nbytes,
+                int(piece.nbytes.sum()) if writes else 0,
+            )
+            frame = OutFrame(head, piece.priority if writes else _URGENT)
+            if writes:
+                frame.payload = make_iovecs(piece.addresses, piece.nbytes)
+                frame.keepalive = piece.keepalive
+            stream.send(frame)
+
+    def _finish_piece(self, piece: _Piece, ok: Bitmap | None) -> None:
+        operation = piece.operation
+        if piece.stream is not None:
+            piece.stream.in_flight -= 1
+            piece.stream = None
+        if ok is None:
+            operation.ok[piece.rows] = False
+        elif not ok.all():
+            operation.ok[piece.rows[~ok]] = False
+        operation.pieces_left -= 1
+        if operation.pieces_left == 0:
+            self._operations.discard(operation)
+            for timer in operation.timers:
+                timer.cancel()
+            operation.transfer.finish(operation.ok, operation.error)
+
+    def _cancel(self, operation: _Operation, error: KVRDMAError | None = None) -> None:
+        if operation.cancelled or operation not in self._operations:
+            return
+        operation.cancelled = True
+        operation.error = operation.error or error or ClosedError("tcp: cancelled")
+        for piece in [p for p in self._in_flight.values() if p.operation is operation]:
+            assert piece.stream is not None
+            piece.stream.send(OutFrame(wire.encode_note(Frame.CANCEL, piece.number), _URGENT))
+        waiting = [entry for entry in self._waiting if entry[2].operation is operation]
+        self._waiting = [entry for entry in self._waiting if entry[2].operation is not operation]
+        heapq.heapify(self._waiting)
+        for _, _, piece in waiting:
+            self._finish_piece(piece, None)
+
+    def _time_out(self, operation: _Operation, timeout: float) -> None:
+        self._cancel(operation, DeadlineError(f"tcp: {self._peer} did not serve a batch within {timeout} s"))
+
+    def _give_up(self, timeout: float) -> None:
+        self._tear_down(DeadlineError(f"tcp: {self._peer} left a cancelled batch open for {timeout} s"))
+
+    def _say_goodbye(self) -> None:
+        if not self._closed:
+            for stream in self._streams:
+                stream.send(OutFrame(wire.encode_note(Frame.GOODBYE), _URGENT))
+
+    def _tear_down(self, error: KVRDMAError) -> None:
+        with self._guard:
+            if self._closed:
+                return
+            self._closed = True
+            callbacks, self._close_callbacks = self._close_callbacks, []
+        for stream in self._streams:
+            stream.close()
+        self._responder.clear()
+        unfinished = [*self._in_flight.values(), *(entry[2] for entry in self._waiting)]
+        self._waiting.clear()
+        self._in_flight.clear()
+        for piece in unfinished:
+            piece.operation.error = piece.operation.error or error
+            self._finish_piece(piece, None)
+        for callback in callbacks:
+            callback()
+
+    # -- Inbox: what the streams receive, on the loop's thread
+
+    def on_broken(self, stream: Stream, error: TransportError) -> None:
+        """Give up the endpoint: its other streams could not tell which bytes are missing."""
+        if isinstance(error, ProtocolError):
+            logger.warning("tcp endpoint to %s: %s", self._peer, error)
+        self._tear_down(TransportError(f"{error} ({self._peer})"))
+
+    def on_frame(self, stream: Stream, header: Header, body: bytes) -> tuple[Int64s, Any] | None:
+        """Serve a request, or match a reply with its piece."""
+        match header.frame:
+            case Frame.READ_REQUEST:
+                self._responder.read(stream, header, body)
+            case Frame.WRITE_REQUEST:
+                return self._responder.write(stream, header, body)
+            case Frame.READ_REPLY | Frame.WRITE_REPLY:
+                return self._on_reply(stream, header, body)
+            case Frame.CANCEL:
+                self._responder.cancel(stream, header)
+            case Frame.GOODBYE:
+                self._tear_down(ClosedError(f"tcp: {self._peer} closed the connection"))
+        return None
+
+    def on_payload(self, stream: Stream, header: Header) -> None:
+        """The bytes of a READ reply or a WRITE request are where they belong."""
+        if header.frame is Frame.WRITE_REQUEST:
+            self._responder.written(stream, header)
+            return
+        piece = self._in_flight.pop(header.op)
+        self._finish_piece(piece, piece.arriving)
+        self._dispatch()
+
+    def _on_reply(self, stream: Stream, header: Header, body: bytes) -> tuple[Int64s, Any] | None:
+        piece = self._in_flight.get(header.op)
+        if (
+            piece is None
+            or piece.stream is not stream
+            or header.frame is not _REPLY_TO[piece.opcode]
+            or header.n_ranges != len(piece.rows)
+        ):
+            raise ProtocolError(f"tcp: {header.frame.name} {header.op} answers no request of this stream")
+        status = np.frombuffer(body, dtype=np.uint8)
+        ok = status == RangeStatus.OK
+        if not ok.all() and piece.operation.error is None:
+            piece.operation.error = RegionError(f"tcp: {explain(int(status[~ok][0]))}")
+        if header.frame is Frame.READ_REPLY:
+            if header.payload_nbytes != int(piece.nbytes[ok].sum()):
+                raise ProtocolError("tcp: a READ reply whose size is not that of its ranges")
+            if header.payload_nbytes:
+                piece.arriving = ok
+                return make_iovecs(piece.addresses[ok], piece.nbytes[ok]), piece.keepalive
+        del self._in_flight[header.op]
+        self._finish_piece(piece, ok)
+        self._dispatch()
+        return None

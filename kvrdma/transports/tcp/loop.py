@@ -1,0 +1,135 @@
+"""One I/O thread: epoll over sockets, calls from other threads, and timers."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import logging
+import os
+import select
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+logger = logging.getLogger(__name__)
+
+READABLE: Final = select.EPOLLIN
+WRITABLE: Final = select.EPOLLOUT
+_BROKEN: Final = select.EPOLLHUP | select.EPOLLERR
+
+
+class Timer:
+    """A call in the future that can be taken back."""
+
+    __slots__ = ("call",)
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self.call: Callable[[], None] | None = call
+
+    def cancel(self) -> None:
+        """Do not call."""
+        self.call = None
+
+
+class IoLoop:
+    """Runs callbacks on a thread of its own. A callback that raises is logged; the loop goes on."""
+
+    def __init__(self, name: str) -> None:
+        self._epoll = select.epoll()
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._epoll.register(self._wake_fd, READABLE)
+        self._handlers: dict[int, Callable[[int], None]] = {}
+        self._calls: deque[Callable[[], None]] = deque()
+        self._timers: list[tuple[float, int, Timer]] = []
+        self._order = itertools.count()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def inside(self) -> bool:
+        """Whether the caller is on the loop's thread."""
+        return threading.current_thread() is self._thread
+
+    def call_soon(self, call: Callable[[], None]) -> None:
+        """Run a call on the loop's thread, in the order of the posts. From any thread."""
+        self._calls.append(call)
+        os.eventfd_write(self._wake_fd, 1)
+
+    def run(self, call: Callable[[], None]) -> None:
+        """Run a call on the loop's thread and wait for it; at once where the caller is on it or it has ended."""
+        if self.inside() or not self._thread.is_alive():
+            call()
+            return
+        done = threading.Event()
+
+        def run() -> None:
+            try:
+                call()
+            finally:
+                done.set()
+
+        self.call_soon(run)
+        while not done.wait(0.5):
+            if not self._thread.is_alive():
+                return
+
+    def call_at(self, when: float, call: Callable[[], None]) -> Timer:
+        """Run a call at a time of `time.monotonic`. On the loop's thread only."""
+        timer = Timer(call)
+        heapq.heappush(self._timers, (when, next(self._order), timer))
+        return timer
+
+    def watch(self, fd: int, events: int, handler: Callable[[int], None]) -> None:
+        """Call `handler(events)` when the descriptor is ready. On the loop's thread only."""
+        if fd in self._handlers:
+            self._epoll.modify(fd, events)
+        else:
+            self._epoll.register(fd, events)
+        self._handlers[fd] = handler
+
+    def forget(self, fd: int) -> None:
+        """Watch a descriptor no longer; before it is closed."""
+        if self._handlers.pop(fd, None) is not None:
+            self._epoll.unregister(fd)
+
+    def close(self) -> None:
+        """End the thread, after the calls posted so far."""
+        if self._closing:
+            return
+
+        def stop() -> None:
+            self._closing = True
+
+        self.call_soon(stop)
+        if not self.inside():
+            self._thread.join()
+            self._epoll.close()
+            os.close(self._wake_fd)
+
+    def _run(self) -> None:
+        while not self._closing:
+            wait = -1.0
+            if self._timers:
+                wait = max(0.0, self._timers[0][0] - time.monotonic())
+            for fd, events in self._epoll.poll(wait):
+                if fd == self._wake_fd:
+                    os.eventfd_read(fd)
+                    continue
+                handler = self._handlers.get(fd)
+                if handler is not None:
+                    self._guarded(lambda h=handler, e=events: h(e | (READABLE if e & _BROKEN else 0)))
+            while self._calls:
+                self._guarded(self._calls.popleft())
+            now = time.monotonic()
+            while self._timers and self._timers[0][0] <= now:
+                call = heapq.heappop(self._timers)[2].call
+                if call is not None:
+                    self._guarded(call)
+
+    def _guarded(self, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception:
+            logger.exception("%s: a callback failed", self._thread.name)

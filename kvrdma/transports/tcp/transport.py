@@ -1,0 +1,308 @@
+"""`TcpTransport`: connects and listens; the streams of one endpoint find each other by their greeting."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import secrets
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ClassVar, Final
+
+from kvrdma.errors import ClosedError, ConfigError, DeadlineError, ProtocolError, TransportError
+from kvrdma.memory import Memory
+from kvrdma.settings import Url
+from kvrdma.transports.base import (
+    Endpoint,
+    Listener,
+    MemoryRegion,
+    RemoteRegion,
+    Rights,
+    Transport,
+    check_open,
+)
+from kvrdma.transports.regions import RegionTable
+from kvrdma.transports.tcp import wire
+from kvrdma.transports.tcp.endpoint import TcpEndpoint
+from kvrdma.transports.tcp.loop import READABLE, IoLoop
+
+logger = logging.getLogger(__name__)
+
+GREETING_TIMEOUT_S: Final = 5.0
+_BACKLOG: Final = 128
+_MAX_GREETING: Final = 256  # sockets that have not said yet who they are
+_ACCEPTS_A_TURN: Final = 32
+
+
+class TcpTransport(Transport):
+    """One I/O thread serves every endpoint; `streams` connections make one endpoint.
+
+    Raises:
+        ConfigError: a number of streams outside 1..64.
+    """
+
+    scheme: ClassVar[str] = "tcp"
+
+    def __init__(self, *, streams: int = 1) -> None:
+        if not 1 <= streams <= wire.MAX_STREAMS:
+            raise ConfigError(f"tcp: streams must lie in 1..{wire.MAX_STREAMS}, not {streams}")
+        self._n_streams = streams
+        self._table = RegionTable(self.scheme)
+        self._loop = IoLoop("kvrdma-tcp")
+        self._open: set[Endpoint] = set()
+        self._listeners: list[TcpListener] = []
+        self._closed = False
+
+    def register(self, memory: Memory) -> MemoryRegion:
+        """Make memory usable."""
+        if memory.device != "cpu":
+            raise ConfigError(f"tcp: memory on {memory.device} cannot be registered, only CPU memory")
+        return self._table.register(memory)
+
+    def deregister(self, region: MemoryRegion) -> None:
+        """Forget a region and revoke its exports, once requests that are being served are done with it."""
+        self._table.deregister(region)
+
+    def export(self, region: MemoryRegion, rights: Rights) -> RemoteRegion:
+        """Make a key for a region."""
+        return self._table.export(region, rights)
+
+    def revoke(self, remote: RemoteRegion) -> None:
+        """Take a key back."""
+        self._table.revoke(remote)
+
+    def connect(self, address: str, *, timeout: float, ticket: bytes = b"") -> Endpoint:
+        """Open every stream of a new endpoint."""
+        check_open(self._closed, "tcp transport")
+        if len(ticket) > wire.MAX_TICKET:
+            raise ConfigError(f"tcp: a ticket has at most {wire.MAX_TICKET} bytes, not {len(ticket)}")
+        host, port = parse_address(address)
+        session = secrets.token_bytes(wire.SESSION_NBYTES)
+        deadline = time.monotonic() + timeout
+        socks: list[socket.socket] = []
+        try:
+            for index in range(self._n_streams):
+                sock = socket.create_connection((host, port), timeout=_left(deadline, address))
+                socks.append(sock)
+                sock.sendall(wire.Greeting(session, index, self._n_streams, ticket).encode())
+            for sock in socks:
+                wire.check_answer(_receive_exactly(sock, wire.ANSWER_NBYTES, deadline, address))
+        except OSError as error:
+            for sock in socks:
+                sock.close()
+            if isinstance(error, TimeoutError):
+                raise DeadlineError(f"tcp: {address} did not answer within {timeout} s") from None
+            raise TransportError(f"tcp: cannot reach {address}: {error.strerror or error}") from error
+        except BaseException:
+            for sock in socks:
+                sock.close()
+            raise
+        return self._adopt(socks, peer=address, ticket=ticket)
+
+    def listen(self, address: str) -> Listener:
+        """Open a listener on host:port; port 0 picks a free one."""
+        check_open(self._closed, "tcp transport")
+        host, port = parse_address(address, allow_zero=True)
+        try:
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            sock = socket.create_server((host, port), family=family, backlog=_BACKLOG)
+        except OSError as error:
+            raise TransportError(f"tcp: cannot listen on {address}: {error.strerror or error}") from error
+        listener = TcpListener(sock, host, self._loop, self._adopt)
+        self._listeners.append(listener)
+        return listener
+
+    def close(self) -> None:
+        """Abort every endpoint and end the I/O thread."""
+        if self._closed:
+            return
+        self._closed = True
+        for listener in self._listeners:
+            listener.close()
+        for endpoint in list(self._open):
+            endpoint.abort()
+        self._loop.close()
+
+    def _adopt(self, socks: list[socket.socket], *, peer: str, ticket: bytes) -> Endpoint:
+        for sock in socks:
+            _tune(sock)
+        endpoint = TcpEndpoint(socks, self._loop, self._table, peer=peer, ticket=ticket)
+        self._open.add(endpoint)
+        endpoint.add_close_callback(lambda: self._open.discard(endpoint))
+        return endpoint
+
+
+@dataclass(slots=True, eq=False)
+class _Guest:
+    """A socket that has not finished its greeting, or waits for the other streams of its session."""
+
+    sock: socket.socket
+    peer: str
+    buffer: bytearray = field(default_factory=lambda: bytearray(wire.GREETING_NBYTES))
+    have: int = 0
+    greeting: wire.Greeting | None = None
+
+
+class TcpListener(Listener):
+    """Accepts streams and joins those of one session into an endpoint."""
+
+    def __init__(self, sock: socket.socket, host: str, loop: IoLoop, adopt: Callable[..., Endpoint]) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+        self._loop = loop
+        self._adopt = adopt
+        port = sock.getsockname()[1]
+        self._contact = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self._guests: set[_Guest] = set()
+        self._ready: queue.SimpleQueue[Endpoint | None] = queue.SimpleQueue()
+        self._callback: Callable[[Endpoint], None] | None = None
+        self._closed = False
+        loop.call_soon(lambda: loop.watch(sock.fileno(), READABLE, lambda _: self._accept()))
+
+    @property
+    def contact_address(self) -> str:
+        """What a peer gives to `connect`."""
+        return self._contact
+
+    def accept(self, *, timeout: float) -> Endpoint:
+        """Wait for the next peer."""
+        check_open(self._closed, "tcp listener")
+        try:
+            endpoint = self._ready.get(timeout=timeout)
+        except queue.Empty:
+            raise DeadlineError(f"tcp: nobody connected to {self._contact} within {timeout} s") from None
+        if endpoint is None:
+            raise ClosedError("tcp listener: closed")
+        return endpoint
+
+    def on_endpoint(self, callback: Callable[[Endpoint], None]) -> None:
+        """Hand every new endpoint to a callback."""
+        self._callback = callback
+
+    def close(self) -> None:
+        """Accept no more."""
+        if not self._closed:
+            self._closed = True
+            self._loop.run(self._tear_down)
+            self._ready.put(None)
+
+    def _tear_down(self) -> None:
+        self._loop.forget(self._sock.fileno())
+        self._sock.close()
+        for guest in list(self._guests):
+            self._dismiss(guest)
+
+    def _accept(self) -> None:
+        for _ in range(_ACCEPTS_A_TURN):
+            try:
+                sock, address = self._sock.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                logger.warning("tcp listener %s: accept failed: %s", self._contact, error)
+                return
+            if len(self._guests) >= _MAX_GREETING:
+                sock.close()
+                continue
+            sock.setblocking(False)
+            guest = _Guest(sock, f"{address[0]}:{address[1]}")
+            self._guests.add(guest)
+            self._loop.watch(sock.fileno(), READABLE, lambda _, g=guest: self._greet(g))
+            self._loop.call_at(time.monotonic() + GREETING_TIMEOUT_S, lambda g=guest: self._dismiss(g))
+
+    def _greet(self, guest: _Guest) -> None:
+        try:
+            n = guest.sock.recv_into(memoryview(guest.buffer)[guest.have :])
+            if n == 0:
+                raise TransportError("closed before its greeting was whole")
+            guest.have += n
+            if guest.have < wire.GREETING_NBYTES:
+                return
+            guest.greeting = wire.Greeting.decode(bytes(guest.buffer))
+        except BlockingIOError:
+            return
+        except ProtocolError as error:
+            logger.warning("tcp listener %s: %s: %s", self._contact, guest.peer, error)
+            self._answer_and_dismiss(guest)
+            return
+        except (OSError, TransportError):
+            self._dismiss(guest)
+            return
+        self._loop.forget(guest.sock.fileno())
+        self._join(guest.greeting)
+
+    def _join(self, greeting: wire.Greeting) -> None:
+        """Make an endpoint once the last of a session's streams is here."""
+        mates = [g for g in self._guests if g.greeting and g.greeting.session == greeting.session]
+        indices = sorted(g.greeting.index for g in mates if g.greeting)
+        if any(g.greeting and (g.greeting.count, g.greeting.ticket) != (greeting.count, greeting.ticket) for g in mates):
+            for guest in mates:
+                self._dismiss(guest)
+            return
+        if indices != list(range(greeting.count)):
+            return
+        mates.sort(key=lambda g: g.greeting.index if g.greeting else 0)
+        self._guests.difference_update(mates)
+        for guest in mates:
+            guest.sock.send(wire.answer())
+        endpoint = self._adopt([g.sock for g in mates], peer=mates[0].peer, ticket=greeting.ticket)
+        if self._callback is not None:
+            self._callback(endpoint)
+        else:
+            self._ready.put(endpoint)
+
+    def _answer_and_dismiss(self, guest: _Guest) -> None:
+        """Tell a peer of another version which one this is before it is turned away."""
+        try:
+            guest.sock.send(wire.answer())
+        except OSError:
+            logger.debug("tcp listener %s: %s left before it was answered", self._contact, guest.peer)
+        self._dismiss(guest)
+
+    def _dismiss(self, guest: _Guest) -> None:
+        if guest in self._guests:
+            self._guests.discard(guest)
+            self._loop.forget(guest.sock.fileno())
+            guest.sock.close()
+
+
+def parse_address(address: str, *, allow_zero: bool = False) -> tuple[str, int]:
+    """Split host:port or [host]:port; raises `ConfigError`."""
+    if allow_zero and address.endswith(":0"):
+        host, _ = parse_address(address[:-1] + "1")
+        return host, 0
+    hosts = Url.parse(f"tcp://{address}").hosts
+    if len(hosts) != 1 or hosts[0][1] is None:
+        raise ConfigError(f"tcp: {address!r} is not host:port")
+    return hosts[0][0], hosts[0][1]
+
+
+def _tune(sock: socket.socket) -> None:
+    sock.setblocking(False)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    # A peer that vanished without a word (power, cable) is noticed within about 12 s.
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 5)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 2)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 12_000)
+
+
+def _left(deadline: float, address: str) -> float:
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise DeadlineError(f"tcp: {address} did not answer in time")
+    return left
+
+
+def _receive_exactly(sock: socket.socket, n: int, deadline: float, address: str) -> bytes:
+    raw = b""
+    while len(raw) < n:
+        sock.settimeout(_left(deadline, address))
+        part = sock.recv(n - len(raw))
+        if not part:
+            raise TransportError(f"tcp: {address} closed the connection before it answered the greeting")
+        raw += part
+    return raw
