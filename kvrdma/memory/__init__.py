@@ -2,7 +2,7 @@
 
 from kvrdma.memory.copier import BlockCopier, Copy, CpuCopier, Fence
 from kvrdma.memory.pool import Lease, PinnedPool, Spans
-from kvrdma.memory.slab import MemfdSlabs, Memory, SlabSource, available_memory_nbytes
+from kvrdma.memory.slab import MemfdSlabs, Memory, SlabReserve, SlabSource, available_memory_nbytes
 from kvrdma.memory.slots import SlotAllocator
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "MemfdSlabs",
     "Memory",
     "PinnedPool",
+    "SlabReserve",
     "SlabSource",
     "SlotAllocator",
     "Spans",

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from kvrdma.errors import CapacityError, ClosedError, RegionError
 from kvrdma.layout import Int64s
-from kvrdma.memory.slab import MemfdSlabs, Memory, SlabSource, available_memory_nbytes
+from kvrdma.memory.slab import MemfdSlabs, Memory, SlabSource
 from kvrdma.memory.slots import SlotAllocator
 
 SLOT_ALIGNMENT: Final = 64
@@ -178,11 +178,11 @@ class PinnedPool:
             return ()
         if self.n_slots % self.slots_per_slab:
             raise CapacityError("pool: its last slab is not a whole one, so it cannot grow")
-        needed, available = n_slots * self.slot_stride, available_memory_nbytes()
+        needed, available = n_slots * self.slot_stride, self._source.available_nbytes()
         if needed > available:
             raise CapacityError(
                 f"pool of {n_slots} slots of {self.slot_nbytes} bytes ({needed} bytes): "
-                f"the host has {available} bytes available"
+                f"{available} bytes are available"
             )
         added: list[Memory] = []
         counts = [

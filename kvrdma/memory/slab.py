@@ -65,6 +65,9 @@ class SlabSource(Protocol):
     def allocate(self, nbytes: int) -> Memory:
         """Map `nbytes` that are touched, and page-locked where that is allowed; raises `CapacityError`."""
 
+    def available_nbytes(self) -> int:
+        """How much `allocate` could give in all, as far as can be told."""
+
     def release(self, memory: Memory) -> None:
         """Give back what `allocate` gave. Views that still exist keep the pages, not the descriptor."""
 
@@ -85,7 +88,7 @@ class MemfdSlabs:
     def allocate(self, nbytes: int) -> Memory:
         """Map one slab; raises `CapacityError` where the host has not that much memory."""
         nbytes = -(-nbytes // PAGE_NBYTES) * PAGE_NBYTES
-        available = available_memory_nbytes()
+        available = self.available_nbytes()
         if nbytes > available:
             raise CapacityError(f"slab of {nbytes} bytes: the host has {available} bytes available")
         fd = os.memfd_create("kvrdma-slab", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -100,6 +103,10 @@ class MemfdSlabs:
             raise
         self._page_lock(array)
         return Memory(array.ctypes.data, nbytes, keepalive=array, fd=fd)
+
+    def available_nbytes(self) -> int:
+        """What the host has available."""
+        return available_memory_nbytes()
 
     def release(self, memory: Memory) -> None:
         """Close the descriptor and let go of the pages."""
@@ -123,6 +130,49 @@ class MemfdSlabs:
                 "Raise the limit with `ulimit -l unlimited`, or LimitMEMLOCK=infinity in the unit file",
                 os.strerror(ctypes.get_errno()),
             )
+
+
+class SlabReserve:
+    """Slabs of one size, all made at the start and handed out whole: what size classes share."""
+
+    def __init__(self, capacity_nbytes: int, slab_nbytes: int, *, source: SlabSource | None = None) -> None:
+        self._source: SlabSource = MemfdSlabs() if source is None else source
+        self.slab_nbytes = slab_nbytes
+        n_slabs, available = capacity_nbytes // slab_nbytes, self._source.available_nbytes()
+        if n_slabs < 1:
+            raise CapacityError(f"capacity of {capacity_nbytes} bytes: less than one slab of {slab_nbytes} bytes")
+        if capacity_nbytes > available:
+            raise CapacityError(
+                f"capacity of {capacity_nbytes} bytes: the host has {available} bytes available"
+            )
+        self.slabs: list[Memory] = []
+        try:
+            for _ in range(n_slabs):
+                self.slabs.append(self._source.allocate(slab_nbytes))
+        except BaseException:
+            self.close()
+            raise
+        self._free = list(reversed(self.slabs))
+
+    def available_nbytes(self) -> int:
+        """What was not handed out."""
+        return len(self._free) * self.slab_nbytes
+
+    def allocate(self, nbytes: int) -> Memory:
+        """Hand out one slab; raises `CapacityError` where none is left or it is too small."""
+        if nbytes > self.slab_nbytes or not self._free:
+            raise CapacityError(f"{nbytes} bytes asked for: {len(self._free)} slabs of {self.slab_nbytes} are left")
+        return self._free.pop()
+
+    def release(self, memory: Memory) -> None:
+        """Take a slab back."""
+        self._free.append(memory)
+
+    def close(self) -> None:
+        """Give every slab back to where they came from."""
+        slabs, self.slabs, self._free = self.slabs, [], []
+        for memory in slabs:
+            self._source.release(memory)
 
 
 def _touch(array: NDArray[np.uint8]) -> None:

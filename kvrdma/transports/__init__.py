@@ -12,7 +12,7 @@ from kvrdma.transports.base import (
     TransferBatch,
     Transport,
 )
-from kvrdma.transports.registry import negotiate, transports
+from kvrdma.transports.registry import check_order, negotiate, transports
 
 __all__ = [
     "Endpoint",
@@ -25,6 +25,7 @@ __all__ = [
     "Transfer",
     "TransferBatch",
     "Transport",
+    "check_order",
     "negotiate",
     "transports",
 ]

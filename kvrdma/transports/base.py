@@ -186,6 +186,8 @@ class Transfer:
 class Endpoint(ABC):
     """One end of a connection between two processes; either end reads and writes what the other exported."""
 
+    scheme: ClassVar[str]
+
     @property
     @abstractmethod
     def peer(self) -> str:

@@ -15,6 +15,12 @@ transports: Registry[type[Transport]] = Registry("transport", "kvrdma.transports
 """Every transport by scheme; third parties add theirs by an entry point of the group `kvrdma.transports`."""
 
 
+def check_order(order: Sequence[str]) -> None:
+    """Raise `ConfigError` where a user's order names a transport that nobody has."""
+    for name in order:
+        transports.get(name)
+
+
 def negotiate(
     offers: Sequence[tuple[str, str]], order: Sequence[str] = ()
 ) -> list[tuple[type[Transport], str]]:
@@ -27,8 +33,7 @@ def negotiate(
         ConfigError: a name in `order` that no transport has.
         TransportError: nothing that the peer offers can be used, with the reason for each.
     """
-    for name in order:
-        transports.get(name)
+    check_order(order)
     rank = {scheme: i for i, scheme in enumerate(order or DEFAULT_ORDER)}
     candidates: list[tuple[int, type[Transport], str]] = []
     refused: list[str] = []

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import numpy as np
 
@@ -79,6 +79,8 @@ class TcpEndpoint(Endpoint):
 
     All state below belongs to the loop's thread; other threads only post calls to it.
     """
+
+    scheme: ClassVar[str] = "tcp"
 
     def __init__(
         self, socks: Sequence[socket.socket], loop: IoLoop, table: RegionTable, *, peer: str, ticket: bytes

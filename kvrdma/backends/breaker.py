@@ -1,0 +1,156 @@
+"""A breaker around any backend: a store that fails is left alone for a while, and every failure is a miss."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from enum import Enum
+from typing import Any, Final
+
+from kvrdma.backends.base import GetTransfer, Lookup, PutTransfer, StorageBackend
+from kvrdma.errors import BackendError, KVRDMAError
+from kvrdma.keys import KeyBatch, KeySpace
+from kvrdma.layout import Checksums, Shard
+from kvrdma.memory import Lease, Memory, Spans
+from kvrdma.transports import Transfer
+
+logger = logging.getLogger(__name__)
+
+FIRST_PAUSE_S: Final = 0.5
+LONGEST_PAUSE_S: Final = 15.0
+
+
+class BreakerState(Enum):
+    """Whether calls go through."""
+
+    CLOSED = "closed"  # they do
+    OPEN = "open"  # they fail at once, until the pause is over
+    TRYING = "trying"  # one call is on its way to find out
+
+
+class BreakerBackend(StorageBackend):
+    """Turns failures of L2 into misses, and after one leaves it alone: 0.5 s at first, up to 15 s.
+
+    One call then tries again. Nothing raises but `delete` and `stats`, whose callers want to know.
+    """
+
+    def __init__(self, inner: StorageBackend, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._inner = inner
+        self._clock = clock
+        self._guard = threading.Lock()
+        self._state = BreakerState.CLOSED
+        self._pause_s = FIRST_PAUSE_S
+        self._retry_at = 0.0
+        self.failures = 0
+
+    @property
+    def state(self) -> BreakerState:
+        """Whether calls go through."""
+        return self._state
+
+    def register(self, memory: Memory) -> None:
+        """Pass on."""
+        self._inner.register(memory)
+
+    def use_keyspace(self, keyspace: KeySpace) -> None:
+        """Pass on."""
+        self._inner.use_keyspace(keyspace)
+
+    def lookup(self, keys: KeyBatch, shards: Sequence[Shard], *, timeout: float) -> Lookup:
+        """What is there; `down` where the store cannot say."""
+        if not self._admit():
+            return Lookup.unavailable(len(keys))
+        try:
+            answer = self._inner.lookup(keys, shards, timeout=timeout)
+        except KVRDMAError as error:
+            self._failed(error)
+            return Lookup.unavailable(len(keys))
+        self._succeeded()
+        return answer
+
+    def get_into(
+        self, keys: KeyBatch, shard: Shard, target: Spans, *, hold: Lease | None, timeout: float
+    ) -> GetTransfer:
+        """Fetch; every key FAILED where the store is left alone."""
+        if self._admit():
+            try:
+                transfer = self._inner.get_into(keys, shard, target, hold=hold, timeout=timeout)
+            except KVRDMAError as error:
+                self._failed(error)
+            else:
+                transfer.add_done_callback(self._judge)
+                return transfer
+        refused = GetTransfer(len(keys))
+        refused.conclude(BackendError("L2 is left alone after a failure"))
+        return refused
+
+    def put(
+        self,
+        keys: KeyBatch,
+        shard: Shard,
+        source: Spans,
+        checksums: Checksums,
+        *,
+        hold: Lease | None,
+        timeout: float,
+    ) -> PutTransfer:
+        """Store; every key FAILED where the store is left alone."""
+        if self._admit():
+            try:
+                transfer = self._inner.put(keys, shard, source, checksums, hold=hold, timeout=timeout)
+            except KVRDMAError as error:
+                self._failed(error)
+            else:
+                transfer.add_done_callback(self._judge)
+                return transfer
+        refused = PutTransfer(len(keys))
+        refused.conclude(BackendError("L2 is left alone after a failure"))
+        return refused
+
+    def delete(self, keys: KeyBatch, *, timeout: float) -> int:
+        """Pass on."""
+        return self._inner.delete(keys, timeout=timeout)
+
+    def stats(self, *, timeout: float) -> dict[str, Any]:
+        """Pass on."""
+        return self._inner.stats(timeout=timeout)
+
+    def close(self) -> None:
+        """Pass on."""
+        self._inner.close()
+
+    def _admit(self) -> bool:
+        with self._guard:
+            if self._state is BreakerState.CLOSED:
+                return True
+            if self._state is BreakerState.OPEN and self._clock() >= self._retry_at:
+                self._state = BreakerState.TRYING
+                return True
+            return False
+
+    def _judge(self, transfer: Transfer) -> None:
+        if transfer.error is None:
+            self._succeeded()
+        else:
+            self._failed(transfer.error)
+
+    def _succeeded(self) -> None:
+        with self._guard:
+            was = self._state
+            self._state = BreakerState.CLOSED
+            self._pause_s = FIRST_PAUSE_S
+        if was is not BreakerState.CLOSED:
+            logger.warning("L2 answers again")
+
+    def _failed(self, error: KVRDMAError) -> None:
+        with self._guard:
+            self.failures += 1
+            if self._state is BreakerState.OPEN:
+                return
+            self._state = BreakerState.OPEN
+            pause = self._pause_s
+            self._retry_at = self._clock() + pause
+            self._pause_s = min(LONGEST_PAUSE_S, 2 * pause)
+        logger.warning("L2 failed and is left alone for %.1f s: %s", pause, error)

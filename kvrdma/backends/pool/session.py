@@ -1,0 +1,211 @@
+"""One connection to a pool server: the control socket, and the endpoint that moves the bytes."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from typing import Final, TypeVar
+
+from kvrdma import protocol
+from kvrdma.errors import (
+    BackendError,
+    ClosedError,
+    DeadlineError,
+    KVRDMAError,
+    ProtocolError,
+    TransportError,
+)
+from kvrdma.keys import KeySpace
+from kvrdma.protocol import ErrorReply, FrameDecoder, Goodbye, Hello, HelloReply, Message
+from kvrdma.transports import Endpoint
+
+logger = logging.getLogger(__name__)
+
+_CHUNK: Final = 1 << 16
+M = TypeVar("M", bound=Message)
+
+
+class Session:
+    """Requests and replies by number over one socket. When anything breaks, all of it ends, at once.
+
+    Raises:
+        TransportError, DeadlineError: the server cannot be reached.
+        ProtocolError: it is none, or speaks another version.
+    """
+
+    def __init__(self, host: str, port: int, *, name: str, timeout: float) -> None:
+        self.peer = f"{host}:{port}"
+        self._guard = threading.Lock()
+        self._send_guard = threading.Lock()
+        self._waiting: dict[int, Future[Message]] = {}
+        self._numbers = itertools.count(1)
+        self._error: KVRDMAError | None = None
+        self._endpoint: Endpoint | None = None
+        self._endpoint_guard = threading.Lock()
+        self._keyspaces: dict[bytes, int] = {}
+        try:
+            self._sock = socket.create_connection((host, port), timeout=timeout)
+        except TimeoutError:
+            raise DeadlineError(f"pool server {self.peer}: no connection within {timeout} s") from None
+        except OSError as error:
+            raise TransportError(
+                f"pool server {self.peer}: cannot be reached: {error.strerror or error}"
+            ) from error
+        self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 12_000)
+        self._decoder = FrameDecoder(peer=f"pool server {self.peer}")
+        self._reader = threading.Thread(target=self._read, name="kvrdma-pool-reader", daemon=True)
+        try:
+            self._sock.settimeout(timeout)
+            self._sock.sendall(protocol.preface())
+            self._sock.settimeout(None)
+            self._reader.start()
+            self.hello = self.call(lambda seq: Hello(seq, name), HelloReply, timeout=timeout)
+        except OSError as error:
+            self.close()
+            raise TransportError(f"pool server {self.peer}: {error.strerror or error}") from error
+        except KVRDMAError:
+            self.close()
+            raise
+
+    @property
+    def broken(self) -> bool:
+        """Whether it has ended."""
+        return self._error is not None
+
+    def call(self, make: Callable[[int], Message], reply: type[M], *, timeout: float) -> M:
+        """Send a request and wait for its reply.
+
+        Raises:
+            BackendError: the server refused it, and said why.
+            DeadlineError: no reply within `timeout` seconds; the session lives on.
+            TransportError, ProtocolError: the session has ended.
+        """
+        seq = next(self._numbers)
+        future: Future[Message] = Future()
+        with self._guard:
+            if self._error is not None:
+                raise self._error
+            self._waiting[seq] = future
+        self.send(make(seq))
+        try:
+            answer = future.result(timeout)
+        except FutureTimeoutError:
+            with self._guard:
+                self._waiting.pop(seq, None)
+            if future.done():
+                answer = future.result()
+            else:
+                raise DeadlineError(f"pool server {self.peer}: no reply within {timeout:.3g} s") from None
+        if isinstance(answer, ErrorReply):
+            raise BackendError(f"pool server {self.peer}: {answer.text}")
+        if not isinstance(answer, reply):
+            error = ProtocolError(f"pool server {self.peer}: {type(answer).__name__} is no answer here")
+            self.end(error)
+            raise error
+        return answer
+
+    def send(self, message: Message) -> None:
+        """Send a message that wants no reply; raises as `call` does."""
+        raw = protocol.encode(message)
+        try:
+            with self._send_guard:
+                self._sock.sendall(raw)
+        except OSError as error:
+            broken = TransportError(f"pool server {self.peer}: {error.strerror or error}")
+            self.end(broken)
+            raise broken from error
+
+    def keyspace(self, keyspace: KeySpace, *, timeout: float) -> int:
+        """The server's number for a key space, which it is told of once."""
+        digest = keyspace.digest
+        if digest not in self._keyspaces:
+            answer = self.call(
+                lambda seq: protocol.OpenKeySpace(seq, keyspace.to_fields(), digest),
+                protocol.KeySpaceReply,
+                timeout=timeout,
+            )
+            self._keyspaces[digest] = answer.keyspace
+        return self._keyspaces[digest]
+
+    def endpoint(self, connect: Callable[[HelloReply, float], Endpoint], *, timeout: float) -> Endpoint:
+        """The endpoint of this session, made at its first use."""
+        with self._endpoint_guard:
+            if self._endpoint is None:
+                endpoint = connect(self.hello, timeout)
+                self._endpoint = endpoint
+                endpoint.add_close_callback(
+                    lambda: self.end(TransportError(f"pool server {self.peer}: the data connection ended"))
+                )
+                if self._error is not None:
+                    endpoint.abort()
+                    raise self._error
+            return self._endpoint
+
+    def end(self, error: KVRDMAError) -> None:
+        """End everything: whoever waits gets `error`. Idempotent, from any thread."""
+        with self._guard:
+            if self._error is not None:
+                return
+            self._error = error
+            waiting, self._waiting = self._waiting, {}
+        try:
+            self._sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            logger.debug("pool server %s: the socket was down already", self.peer)
+        for future in waiting.values():
+            future.set_exception(error)
+        endpoint = self._endpoint
+        if endpoint is not None:
+            endpoint.abort()
+
+    def close(self) -> None:
+        """Say goodbye and end."""
+        if not self.broken:
+            try:
+                self.send(Goodbye(0, "client closes"))
+            except KVRDMAError:
+                logger.debug("pool server %s: left before the goodbye", self.peer)
+        self.end(ClosedError(f"pool server {self.peer}: session closed"))
+        if self._reader.is_alive() and threading.current_thread() is not self._reader:
+            self._reader.join()
+        self._sock.close()
+
+    def _read(self) -> None:
+        error: KVRDMAError = TransportError(f"pool server {self.peer}: closed the connection")
+        try:
+            while chunk := self._sock.recv(_CHUNK):
+                for message in self._decoder.feed(chunk):
+                    if isinstance(message, Goodbye):
+                        error = TransportError(f"pool server {self.peer}: {message.text}")
+                        return
+                    with self._guard:
+                        future = self._waiting.pop(message.seq, None)
+                    if future is not None:
+                        future.set_result(message)
+        except OSError as broken:
+            error = TransportError(f"pool server {self.peer}: {broken.strerror or broken}")
+        except ProtocolError as nonsense:
+            error = nonsense
+        finally:
+            self.end(error)
+
+
+class Deadline:
+    """What is left of a time-out that several steps share."""
+
+    def __init__(self, timeout: float) -> None:
+        self._until = time.monotonic() + timeout
+
+    def left(self) -> float:
+        """Seconds left; raises `DeadlineError` where there are none."""
+        left = self._until - time.monotonic()
+        if left <= 0:
+            raise DeadlineError("the time-out is over before the next step could begin")
+        return left

@@ -1,0 +1,173 @@
+"""`TransferAgent`: does the jobs on one rank's memory, and reports. The index decides, the agent moves bytes.
+
+The caller's thread only enqueues and polls. Copies to and from the device run on one thread, in the order of
+the jobs; fetches and puts run in the backend, and their ends come back on its threads.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvrdma.backends import GetStatus, GetTransfer, PutStatus, PutTransfer, StorageBackend
+from kvrdma.cache.jobs import BlockStatus, Job, JobKind, JobReport
+from kvrdma.errors import KVRDMAError
+from kvrdma.keys import KeySpace, unpack_keys
+from kvrdma.layout import Checksums, Shard, checksum
+from kvrdma.memory import BlockCopier, Fence, Lease, PinnedPool
+from kvrdma.transports import Transfer
+
+logger = logging.getLogger(__name__)
+
+_STATUS_OF_GET: Final = np.array(
+    [BlockStatus.OK, BlockStatus.MISSING, BlockStatus.CHECKSUM, BlockStatus.FAILED], dtype=np.uint8
+)
+_STATUS_OF_PUT: Final = np.array(
+    [BlockStatus.OK, BlockStatus.OK, BlockStatus.DECLINED, BlockStatus.FAILED], dtype=np.uint8
+)
+assert [int(GetStatus.OK), int(GetStatus.FAILED)] == [int(PutStatus.STORED), int(PutStatus.FAILED)] == [0, 3]
+
+
+class TransferAgent:
+    """One rank's half of the cache. `on_report` is called, on any thread, when `poll` has something new."""
+
+    def __init__(
+        self,
+        pool: PinnedPool,
+        shard: Shard,
+        *,
+        rank: int = 0,
+        backend: StorageBackend | None = None,
+        copier: BlockCopier | None = None,
+        on_report: Callable[[], None] | None = None,
+    ) -> None:
+        self._pool = pool
+        self._shard = shard
+        self._shard_name = shard.encode()
+        self._rank = rank
+        self._backend = backend
+        self._copier = copier
+        self._on_report = on_report
+        self._checksums: Checksums = np.zeros(pool.n_slots, dtype=np.uint64)
+        self._reports: deque[JobReport] = deque()
+        self._copies = ThreadPoolExecutor(1, thread_name_prefix="kvrdma-copy")
+        self._idle = threading.Condition()
+        self._n_open = 0
+        if backend is not None:
+            for memory in pool.memories:
+                backend.register(memory)
+
+    def use_keyspace(self, keyspace: KeySpace) -> None:
+        """Say which key space the jobs that follow belong to."""
+        if self._backend is not None:
+            self._backend.use_keyspace(keyspace)
+
+    def submit(self, jobs: Sequence[Job], *, fence: Fence | None = None) -> None:
+        """Begin jobs; returns at once. `fence` is what device copies must wait for."""
+        for job in jobs:
+            with self._idle:
+                self._n_open += 1
+            try:
+                self._begin(job, fence)
+            except Exception as error:  # whatever it is: the job must end, and the engine must not
+                if not isinstance(error, KVRDMAError):
+                    logger.exception("job %d (%s) could not begin", job.number, job.kind.value)
+                self._report(job, np.full(len(job), BlockStatus.FAILED, dtype=np.uint8), error)
+
+    def poll(self) -> list[JobReport]:
+        """What was done since the last call."""
+        reports = []
+        while self._reports:
+            reports.append(self._reports.popleft())
+        return reports
+
+    def close(self, *, timeout: float = 10.0) -> bool:
+        """Wait for the jobs under way; True where all have ended."""
+        with self._idle:
+            ended = self._idle.wait_for(lambda: self._n_open == 0, timeout)
+        self._copies.shutdown(wait=ended)
+        return ended
+
+    def _begin(self, job: Job, fence: Fence | None) -> None:
+        match job.kind:
+            case JobKind.SAVE | JobKind.LOAD:
+                lease = self._pool.lease(job.slots, exclusive=job.kind is JobKind.SAVE)
+                self._copies.submit(self._copy, job, lease, fence)
+            case JobKind.FETCH:
+                self._fetch(job)
+            case JobKind.PUT:
+                self._put(job)
+
+    def _copy(self, job: Job, lease: Lease, fence: Fence | None) -> None:
+        """SAVE and LOAD, on the copy thread."""
+        status = np.full(len(job), BlockStatus.FAILED, dtype=np.uint8)
+        failure: Exception | None = None
+        try:
+            with lease:
+                if len(job.blocks):
+                    if self._copier is None:
+                        raise KVRDMAError("a job with device blocks on an agent without a copier")
+                    move = self._copier.gather if job.kind is JobKind.SAVE else self._copier.scatter
+                    after = self._copier.fence() if fence is None else fence
+                    move(job.group, job.blocks, job.slots, after=after).wait()
+                if job.kind is JobKind.SAVE:
+                    self._seal(job)
+            status[:] = BlockStatus.OK
+        except Exception as error:  # a copy that failed is a failed job, never the engine's end
+            logger.exception("job %d (%s) failed", job.number, job.kind.value)
+            failure = error
+        self._report(job, status, failure)
+
+    def _seal(self, job: Job) -> None:
+        """Make the checksums of blocks that have just been saved."""
+        for key, slot in zip(unpack_keys(job.keys), job.slots.tolist(), strict=True):
+            self._checksums[slot] = checksum(key, self._shard_name, [self._pool.view(slot)])
+
+    def _fetch(self, job: Job) -> None:
+        assert self._backend is not None
+        with self._pool.lease(job.slots, exclusive=True) as lease:
+            transfer = self._backend.get_into(
+                job.keys, self._shard, self._pool.spans(job.slots), hold=lease, timeout=job.timeout
+            )
+
+        def ended(done: Transfer) -> None:
+            assert isinstance(done, GetTransfer)
+            self._checksums[job.slots[done.ok]] = done.checksums[done.ok]
+            self._report(job, _STATUS_OF_GET[done.status], done.error)
+
+        transfer.add_done_callback(ended)
+
+    def _put(self, job: Job) -> None:
+        assert self._backend is not None
+        with self._pool.lease(job.slots) as lease:
+            transfer = self._backend.put(
+                job.keys,
+                self._shard,
+                self._pool.spans(job.slots),
+                self._checksums[job.slots],
+                hold=lease,
+                timeout=job.timeout,
+            )
+
+        def ended(done: Transfer) -> None:
+            assert isinstance(done, PutTransfer)
+            self._report(job, _STATUS_OF_PUT[done.status], done.error)
+
+        transfer.add_done_callback(ended)
+
+    def _report(self, job: Job, status: NDArray[np.uint8], error: Exception | None) -> None:
+        if error is not None:
+            logger.info("job %d (%s): %s", job.number, job.kind.value, error)
+        self._reports.append(JobReport(job.number, self._rank, status, terminal=True))
+        with self._idle:
+            self._n_open -= 1
+            self._idle.notify_all()
+        if self._on_report is not None:
+            self._on_report()

@@ -1,0 +1,369 @@
+"""`CacheIndex`: who is where, and every decision of one engine. Pure: no I/O, no threads, no lock.
+
+It is asked by the engine's scheduler (or the manager, or the simulator), emits jobs and probes, and is told
+what became of them. Slot numbers are the same on every rank, so one index decides for all.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvrdma.cache.jobs import BlockStatus, Job, JobKind, JobReport, Probe, ProbeAnswer
+from kvrdma.cache.lookups import Gate, Lookups, OpenGate
+from kvrdma.cache.requests import Offer
+from kvrdma.cache.slots import Slot, SlotState, SlotTable
+from kvrdma.errors import ConfigError
+from kvrdma.keys import pack_keys
+from kvrdma.layout import Bitmap, Int64s
+from kvrdma.metrics import Metrics, Reason
+from kvrdma.policies import Event, EvictionPolicy, OffloadPolicy
+
+PUT_BATCH: Final = 64  # blocks a put job: a large save must not hold up what comes after it
+_REMEMBERED_PER_SLOT: Final = 4  # evicted keys that are remembered, for the reasons of misses
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IndexOptions:
+    """Limits of an index; times in seconds."""
+
+    ranks: int = 1
+    has_l2: bool = False
+    lookup_timeout_s: float = 0.25
+    fetch_timeout_s: float = 5.0
+    put_timeout_s: float = 30.0
+    waiting_share: float = 0.5
+
+
+@dataclass(slots=True, eq=False)
+class _JobState:
+    """A job that is not terminal on every rank."""
+
+    job: Job
+    slots: list[Slot]
+    status: NDArray[np.uint8]  # uint8[ranks, n]
+    terminal: Bitmap  # bool[ranks]
+    deadline: float
+    settled: bool = False  # a FETCH: each block is READY or lost, though some rank may not be done
+
+
+class CacheIndex:
+    """Lookup, fetch before promise, load, save, offload, evict: see docs/architecture.md.
+
+    `lookup` is idempotent and cheap. Each looked-up block that is not served is counted under exactly one
+    `Reason`: once requests and their loads have ended, looked_up_blocks = served_blocks + all misses.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        policy: EvictionPolicy,
+        offload: OffloadPolicy,
+        options: IndexOptions,
+        *,
+        gate: Gate | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if capacity < 1:
+            raise ConfigError(f"the CPU cache holds {capacity} blocks: l1_bytes is less than one block")
+        self.metrics = Metrics()
+        self.options = options
+        self._offload = offload
+        self._clock = clock
+        self._table = SlotTable(
+            capacity,
+            policy,
+            self.metrics,
+            on_evict=lambda victims: self._put(victims, Event.EVICTING),
+            remember=_REMEMBERED_PER_SLOT * capacity,
+        )
+        self._lookups = Lookups(
+            self._table,
+            OpenGate() if gate is None else gate,
+            self.metrics,
+            fetch=self._fetch,
+            number=self._number,
+            clock=clock,
+            probe_timeout_s=2 * options.lookup_timeout_s if options.has_l2 else None,
+            waiting_share=options.waiting_share,
+        )
+        self._jobs: dict[int, _JobState] = {}
+        self._jobs_out: list[Job] = []
+        self._last_number = 0
+
+    # -- what goes out
+
+    def take_jobs(self) -> list[Job]:
+        """Jobs for every rank since the last call, in order."""
+        self._expire()
+        jobs, self._jobs_out = self._jobs_out, []
+        return jobs
+
+    def take_probes(self) -> list[Probe]:
+        """Questions to L2 since the last call."""
+        return self._lookups.take_probes()
+
+    def busy(self, *kinds: JobKind) -> bool:
+        """Whether a job of one of these kinds (of any, by default) is not terminal on every rank."""
+        return any(not kinds or state.job.kind in kinds for state in self._jobs.values())
+
+    # -- requests
+
+    def lookup(self, request_id: str, keys: Sequence[bytes], first: int, *, ready_only: bool = False) -> Offer:
+        """How many blocks of `keys[first:]` can be loaded? Call again while the answer is PENDING.
+
+        `first` counts the leading blocks that the engine has itself. What is offered is held until
+        `allocated`, `take` or `finished`. With `ready_only` nothing is fetched.
+        """
+        self._expire()
+        return self._lookups.lookup(request_id, keys, first, ready_only=ready_only)
+
+    def allocated(self, request_id: str, blocks: Sequence[int] | Int64s) -> Job | None:
+        """The engine takes as many of the offered blocks as it names device blocks for them.
+
+        Gives the LOAD job, or None where nothing is to be loaded. The references pass to the job.
+        """
+        taken = self._lookups.take(request_id, len(blocks))
+        if not taken:
+            return None
+        self._touch(taken)
+        return self._emit(JobKind.LOAD, taken, blocks=np.asarray(blocks, dtype=np.int64))
+
+    def take(self, request_id: str, n_blocks: int) -> list[Slot]:
+        """Serve offered blocks in place, without a LOAD: they are held until `let_go`."""
+        slots = self._lookups.take(request_id, n_blocks)
+        self._touch(slots)
+        self.metrics.add("served_blocks", len(slots))
+        return slots
+
+    def let_go(self, slots: Sequence[Slot]) -> None:
+        """End what `take` began."""
+        self._table.unref(slots)
+
+    def finished(self, request_id: str) -> None:
+        """The request has ended, or was aborted: what is held for it is let go, fetches go on."""
+        self._lookups.finished(request_id)
+
+    def refuse(self, request_id: str) -> None:
+        """Offer nothing to this request any more: a load of it failed."""
+        self._lookups.refuse(request_id)
+
+    # -- saving
+
+    def missing(self, keys: Sequence[bytes]) -> list[int]:
+        """The rows of the keys that have no slot, in whatever state."""
+        return [row for row, key in enumerate(keys) if self._table.get(key) is None]
+
+    def save(
+        self,
+        keys: Sequence[bytes],
+        blocks: Sequence[int],
+        *,
+        parents: Sequence[bytes | None],
+        costs: Sequence[float] | None = None,
+    ) -> Job | None:
+        """Save device blocks of keys that have no slot (see `missing`); gives the SAVE job.
+
+        Where not all fit, the leading ones are saved: the later ones would be of no use without them.
+        """
+        room = min(len(keys), self._table.n_available)
+        self.metrics.add("save_skipped_no_room", len(keys) - room)
+        slots = self.reserve(keys[:room], parents=parents[:room], costs=costs)
+        if not slots:
+            return None
+        return self._emit(JobKind.SAVE, slots, blocks=np.asarray(blocks[: len(slots)], dtype=np.int64))
+
+    def reserve(
+        self,
+        keys: Sequence[bytes],
+        *,
+        parents: Sequence[bytes | None],
+        costs: Sequence[float] | None = None,
+    ) -> list[Slot]:
+        """Take slots that the caller fills: all, or an empty list. End it by `seal` or `give_up`."""
+        return self._table.allocate(keys, SlotState.WRITING, parents=parents, costs=costs) if keys else []
+
+    def seal(self, slots: Sequence[Slot]) -> Job:
+        """The caller has filled reserved slots: have the agents seal them (a SAVE job without blocks)."""
+        return self._emit(JobKind.SAVE, list(slots))
+
+    def give_up(self, slots: Sequence[Slot]) -> None:
+        """The caller will not fill reserved slots."""
+        for slot in slots:
+            if slot.state is not SlotState.ZOMBIE:
+                self._table.make_zombie(slot)
+        self._table.unref(slots)
+
+    def forget(self, keys: Sequence[bytes]) -> int:
+        """Drop keys from L1; how many were there."""
+        slots = [slot for key in keys if (slot := self._table.get(key)) is not None]
+        for slot in slots:
+            self._table.make_zombie(slot)
+        return len(slots)
+
+    def reset(self) -> None:
+        """Lose everything: the weights have changed. Jobs under way end without effect."""
+        self._lookups.clear()
+        self._table.clear()
+
+    # -- what comes in
+
+    def on_probe(self, answer: ProbeAnswer) -> None:
+        """L2 has answered."""
+        self._lookups.on_probe(answer)
+
+    def on_report(self, report: JobReport) -> bool:
+        """A rank has done something; True once the job is terminal on every rank.
+
+        Reports of unknown jobs, and those after a rank's terminal one, are ignored.
+        """
+        state = self._jobs.get(report.number)
+        if state is None or state.terminal[report.rank]:
+            return False
+        state.status[report.rank] = report.status
+        state.terminal[report.rank] = report.terminal
+        done = bool(state.terminal.all())
+        if state.job.kind is JobKind.FETCH and not state.settled:
+            self._settle_fetch(state, final=done)
+        if done:
+            del self._jobs[report.number]
+            self._finish(state)
+        return done
+
+    def stats(self) -> dict[str, Any]:
+        """Counters and gauges by name."""
+        return {
+            **self.metrics.snapshot(),
+            "l1_blocks": len(self._table),
+            "l1_capacity_blocks": self._table.capacity,
+            "l1_free_blocks": self._table.n_free,
+            "zombies": self._table.n_zombies,
+            "jobs": len(self._jobs),
+            "requests": len(self._lookups),
+            "waiting_slots": self._lookups.n_waiting_slots,
+        }
+
+    # -- jobs
+
+    def _emit(
+        self, kind: JobKind, slots: list[Slot], *, timeout: float = 0.0, blocks: Int64s | None = None
+    ) -> Job:
+        """Send a job to every rank. Each slot's reference, taken before, is the job's until it is terminal."""
+        n, ranks = len(slots), self.options.ranks
+        job = Job(
+            kind,
+            self._number(),
+            pack_keys(slot.key for slot in slots),
+            np.array([slot.number for slot in slots], dtype=np.int64),
+            timeout,
+            np.zeros(0, dtype=np.int64) if blocks is None else blocks,
+        )
+        self._jobs[job.number] = _JobState(
+            job,
+            slots,
+            np.full((ranks, n), BlockStatus.PENDING, dtype=np.uint8),
+            np.zeros(ranks, dtype=np.bool_),
+            self._clock() + timeout,
+        )
+        self._jobs_out.append(job)
+        return job
+
+    def _fetch(self, slots: list[Slot]) -> None:
+        for slot in slots:
+            slot.offloaded = True  # L2 has it
+        self.metrics.add("l2_fetch_asked_blocks", len(slots))
+        self._emit(JobKind.FETCH, slots, timeout=self.options.fetch_timeout_s)
+
+    def _expire(self) -> None:
+        """Settle fetches whose deadline has passed: what is not there on all ranks is given up."""
+        now = self._clock()
+        for state in self._jobs.values():
+            if state.job.kind is JobKind.FETCH and not state.settled and now >= state.deadline:
+                self._settle_fetch(state, final=True)
+
+    def _settle_fetch(self, state: _JobState, *, final: bool) -> None:
+        """Make READY what is there on every rank; with `final` the rest is lost, each block for one reason."""
+        ok = (state.status == BlockStatus.OK).all(axis=0)
+        for i, slot in enumerate(state.slots):
+            if slot.state is not SlotState.FETCHING:
+                continue
+            if ok[i]:
+                self._table.make_ready(slot)
+                self.metrics.add("l2_fetched_blocks")
+            elif final:
+                self._lookups.on_lost(slot.key, failure_reason(state.status[:, i]))
+                self._table.make_zombie(slot)
+        state.settled = final
+
+    def _finish(self, state: _JobState) -> None:
+        """A job is terminal on every rank: its references end, after what follows from it has taken its own."""
+        ok = (state.status == BlockStatus.OK).all(axis=0)
+        n_ok = int(ok.sum())
+        match state.job.kind:
+            case JobKind.SAVE:
+                self._commit(state.slots, ok)
+            case JobKind.PUT:
+                self.metrics.add("l2_put_blocks", n_ok)
+                self.metrics.add("l2_put_failed_blocks", len(ok) - n_ok)
+                for slot, stored in zip(state.slots, ok, strict=True):
+                    slot.offloaded = bool(stored)
+            case JobKind.LOAD:
+                self.metrics.add("served_blocks", n_ok)
+                self.metrics.miss(Reason.LOAD_FAILED, len(ok) - n_ok)
+            case JobKind.FETCH:
+                pass  # settled before
+        self._table.unref(state.slots)
+
+    def _commit(self, slots: list[Slot], ok: Bitmap) -> None:
+        """What every rank has is READY, and offloaded from the very same slots where the policy picks it."""
+        stored: list[Slot] = []
+        for slot, whole in zip(slots, ok, strict=True):
+            if slot.state is not SlotState.WRITING:
+                continue  # dropped or reset meanwhile
+            if whole:
+                self._table.make_ready(slot)
+                stored.append(slot)
+            else:
+                self._table.make_zombie(slot)
+        self.metrics.add("saved_blocks", len(stored))
+        self.metrics.add("save_failed_blocks", len(slots) - len(stored))
+        self._put(stored, Event.STORED)
+
+    def _touch(self, slots: Sequence[Slot]) -> None:
+        ready = [slot for slot in slots if slot.state is SlotState.READY]
+        self._put([slot for slot in ready if self._table.policy.touch(slot.key)], Event.HOT)
+
+    def _put(self, slots: Sequence[Slot], event: Event) -> None:
+        """Offload what the policy picks, and nothing twice; the slots are held until that is terminal."""
+        if not slots or not self.options.has_l2:
+            return
+        chosen = set(self._offload.select([slot.key for slot in slots], event))
+        todo = [slot for slot in slots if slot.key in chosen and not slot.offloaded]
+        for first in range(0, len(todo), PUT_BATCH):
+            batch = todo[first : first + PUT_BATCH]
+            for slot in batch:
+                slot.offloaded = True
+                self._table.ref(slot)
+            self._emit(JobKind.PUT, batch, timeout=self.options.put_timeout_s)
+
+    def _number(self) -> int:
+        self._last_number += 1
+        return self._last_number
+
+
+def failure_reason(statuses: NDArray[np.uint8]) -> Reason:
+    """Why a fetched block did not come, from what each rank says of it."""
+    if (statuses == BlockStatus.CHECKSUM).any():
+        return Reason.CHECKSUM
+    if (statuses == BlockStatus.FAILED).any():
+        return Reason.TIER_DOWN
+    if (statuses == BlockStatus.PENDING).any():
+        return Reason.NOT_YET
+    if (statuses == BlockStatus.OK).any():
+        return Reason.RANK_SHORTER
+    return Reason.NOT_THERE

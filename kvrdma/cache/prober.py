@@ -1,0 +1,73 @@
+"""`Prober`: the thread beside the index that asks L2 what it has, and never keeps the index waiting."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from kvrdma.backends import Lookup, StorageBackend
+from kvrdma.cache.jobs import Probe, ProbeAnswer
+from kvrdma.errors import KVRDMAError
+from kvrdma.keys import KeySpace
+from kvrdma.layout import Shard
+
+logger = logging.getLogger(__name__)
+
+
+class Prober:
+    """Answers probes in order; `on_answer` is called on its thread when `poll` has something new."""
+
+    def __init__(
+        self,
+        backend: StorageBackend,
+        shards: Sequence[Shard],
+        *,
+        timeout: float,
+        on_answer: Callable[[], None] | None = None,
+    ) -> None:
+        self._backend = backend
+        self._shards = tuple(shards)
+        self._timeout = timeout
+        self._on_answer = on_answer
+        self._probes: queue.SimpleQueue[Probe | None] = queue.SimpleQueue()
+        self._answers: deque[ProbeAnswer] = deque()
+        self._thread = threading.Thread(target=self._run, name="kvrdma-prober", daemon=True)
+        self._thread.start()
+
+    def use_keyspace(self, keyspace: KeySpace) -> None:
+        """Say which key space the probes that follow belong to."""
+        self._backend.use_keyspace(keyspace)
+
+    def submit(self, probes: Sequence[Probe]) -> None:
+        """Ask; returns at once."""
+        for probe in probes:
+            self._probes.put(probe)
+
+    def poll(self) -> list[ProbeAnswer]:
+        """The answers since the last call."""
+        answers = []
+        while self._answers:
+            answers.append(self._answers.popleft())
+        return answers
+
+    def close(self) -> None:
+        """End the thread after the probe under way."""
+        self._probes.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (probe := self._probes.get()) is not None:
+            try:
+                found = self._backend.lookup(probe.keys, self._shards, timeout=self._timeout)
+            except KVRDMAError as error:
+                logger.info("probe %d: %s", probe.number, error)
+                found = Lookup.unavailable(len(probe.keys))
+            except Exception:  # a backend's fault must not silence every lookup that follows
+                logger.exception("probe %d failed", probe.number)
+                found = Lookup.unavailable(len(probe.keys))
+            self._answers.append(ProbeAnswer(probe.number, found.present, found.down, found.differs))
+            if self._on_answer is not None:
+                self._on_answer()

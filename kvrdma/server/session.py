@@ -1,0 +1,352 @@
+"""One client of the pool server: what its messages mean, on the store. Runs on the server's event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from kvrdma import protocol
+from kvrdma.backends import PutStatus
+from kvrdma.backends.blockstore import BlockStore, Entry
+from kvrdma.backends.pool import read_region
+from kvrdma.errors import ConfigError, KVRDMAError, ProtocolError, TransportError
+from kvrdma.keys import KEY_NBYTES, KeySpace, unpack_keys
+from kvrdma.layout import SHARD_NBYTES, Bitmap, Checksums, Int64s, Shard, checksum
+from kvrdma.memory import Memory
+from kvrdma.protocol import Message
+from kvrdma.transports import Endpoint, MemoryRegion, Opcode, Priority, RemoteRegion, TransferBatch
+
+logger = logging.getLogger(__name__)
+
+MAX_LEASES: Final = 1024
+MAX_KEYSPACES: Final = 64
+MAX_PUT_S: Final = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Slabs:
+    """The server's slabs as one transport knows them."""
+
+    regions: dict[int, MemoryRegion]  # by id of the Memory
+    exports: dict[int, RemoteRegion]
+
+    def rows(self, entries: list[Entry]) -> tuple[list[Memory], Int64s, Int64s]:
+        """The memories that the entries lie in, and each one's row and offset."""
+        memories: list[Memory] = []
+        row_of: dict[int, int] = {}
+        rows = np.empty(len(entries), dtype=np.int64)
+        offsets = np.empty(len(entries), dtype=np.int64)
+        for i, entry in enumerate(entries):
+            pool = entry.size_class.pool
+            memory = pool.memories[entry.slot // pool.slots_per_slab]
+            if id(memory) not in row_of:
+                row_of[id(memory)] = len(memories)
+                memories.append(memory)
+            rows[i] = row_of[id(memory)]
+            offsets[i] = entry.slot % pool.slots_per_slab * pool.slot_stride
+        return memories, rows, offsets
+
+
+class ClientSession:
+    """Answers one client's messages. `send` queues a message for it.
+
+    Puts and gets wait for the client's data connection, whose ticket is `ticket`.
+    """
+
+    def __init__(
+        self,
+        peer: str,
+        ticket: bytes,
+        store: BlockStore,
+        slabs: Callable[[str], Slabs],
+        send: Callable[[Message], None],
+        *,
+        lease_s: float,
+    ) -> None:
+        self.peer = peer
+        self.ticket = ticket
+        self.name = peer
+        self._store = store
+        self._slabs = slabs
+        self._send = send
+        self._lease_s = lease_s
+        self._keyspaces: set[int] = set()
+        self._leases: dict[int, tuple[list[Entry], asyncio.TimerHandle]] = {}
+        self._lease_numbers = itertools.count(1)
+        self._endpoint: asyncio.Future[Endpoint] = asyncio.get_running_loop().create_future()
+        self._puts: set[asyncio.Task[None]] = set()
+        self._handlers: dict[type[Message], Callable[[Any], Message | Awaitable[None] | None]] = {
+            protocol.OpenKeySpace: self._open_keyspace,
+            protocol.LookupRequest: self._lookup,
+            protocol.GetRequest: self._get,
+            protocol.Release: self._release,
+            protocol.PutRequest: self._begin_put,
+            protocol.DeleteRequest: self._delete,
+        }
+
+    @property
+    def busy(self) -> bool:
+        """Whether puts are under way."""
+        return bool(self._puts)
+
+    def attach(self, endpoint: Endpoint) -> None:
+        """The client's data connection is here."""
+        if self._endpoint.done():
+            endpoint.abort()
+        else:
+            self._endpoint.set_result(endpoint)
+
+    def handle(self, message: Message) -> None:
+        """Answer a message; raises `ProtocolError` where the connection must end."""
+        handler = self._handlers.get(type(message))
+        if handler is None:
+            raise ProtocolError(f"{type(message).__name__} is not a request")
+        answer = handler(message)
+        if isinstance(answer, Message):
+            self._send(answer)
+
+    async def end(self) -> None:
+        """The client is gone: its leases end, its puts are given up, its data connection is aborted."""
+        if self._endpoint.done() and not self._endpoint.cancelled():
+            endpoint = self._endpoint.result()
+            await asyncio.get_running_loop().run_in_executor(None, endpoint.abort)
+        else:
+            self._endpoint.cancel()
+        if self._puts:
+            await asyncio.wait(self._puts)
+        for lease in list(self._leases):
+            self._end_lease(lease)
+
+    # -- messages
+
+    def _open_keyspace(self, message: protocol.OpenKeySpace) -> Message:
+        try:
+            keyspace = KeySpace.from_fields(message.fields)
+        except ConfigError as error:
+            return protocol.ErrorReply(message.seq, str(error))
+        if keyspace.digest != message.digest:
+            return protocol.ErrorReply(message.seq, "key space: its digest does not match its fields")
+        if len(self._keyspaces) >= MAX_KEYSPACES:
+            return protocol.ErrorReply(message.seq, f"a connection opens at most {MAX_KEYSPACES} key spaces")
+        number = self._store.open_keyspace(keyspace)
+        self._keyspaces.add(number)
+        return protocol.KeySpaceReply(message.seq, number)
+
+    def _lookup(self, message: protocol.LookupRequest) -> Message:
+        self._check_keyspace(message.keyspace)
+        keys = read_keys(message.keys)
+        if not message.shards or not all(isinstance(s, bytes) and len(s) == SHARD_NBYTES for s in message.shards):
+            raise ProtocolError("lookup: shards of 10 bytes each are needed, at least one")
+        present = bytes(all(self._store.has(key + shard) for shard in message.shards) for key in keys)
+        differs = [] if any(present) else self._store.nearest_filled(message.keyspace)
+        self._store.counts["lookup_blocks"] += len(keys)
+        self._store.counts["lookup_hits"] += sum(present)
+        return protocol.LookupReply(message.seq, present, list(differs))
+
+    def _get(self, message: protocol.GetRequest) -> Message:
+        self._check_keyspace(message.keyspace)
+        names = read_names(message.keys, message.shard)
+        if len(self._leases) >= MAX_LEASES:
+            return protocol.ErrorReply(message.seq, f"a connection holds at most {MAX_LEASES} leases")
+        if not self._endpoint.done():
+            return protocol.ErrorReply(message.seq, "no data connection with this session's ticket yet")
+        pinned = self._store.pin(names)
+        entries = [entry for entry in pinned if entry is not None]
+        slabs = self._slabs(self._endpoint.result().scheme)
+        memories, rows, offsets = slabs.rows(entries)
+        nbytes = np.array([entry.nbytes for entry in entries], dtype=np.int64)
+        generations = np.array([entry.generation for entry in entries], dtype=np.int64)
+        checksums = np.array([entry.checksum for entry in entries], dtype="<u8")
+        lease = next(self._lease_numbers)
+        timer = asyncio.get_running_loop().call_later(self._lease_s, self._expire, lease)
+        self._leases[lease] = (entries, timer)
+        self._store.counts["get_blocks"] += len(names)
+        self._store.counts["get_hits"] += len(entries)
+        self._store.counts["read_bytes"] += int(nbytes.sum())
+        return protocol.GetReply(
+            message.seq,
+            lease,
+            int(self._lease_s * 1000),
+            bytes(entry is not None for entry in pinned),
+            [wire_region(slabs.exports[id(memory)]) for memory in memories],
+            protocol.pack_columns(rows, offsets, nbytes, generations),
+            checksums.tobytes(),
+        )
+
+    def _release(self, message: protocol.Release) -> None:
+        (bad,) = protocol.unpack_columns(message.bad, 1, what="release")
+        held = self._leases.get(message.lease)
+        if held is not None:
+            leased = {entry.generation for entry in held[0]}
+            for generation in bad.tolist():
+                if generation in leased:
+                    logger.warning("a block of generation %d was found wrong by %s", generation, self.name)
+                    self._store.drop_wrong(generation)
+        self._end_lease(message.lease)
+
+    def _delete(self, message: protocol.DeleteRequest) -> Message:
+        self._check_keyspace(message.keyspace)
+        return protocol.DeleteReply(message.seq, self._store.delete(set(read_keys(message.keys)), KEY_NBYTES))
+
+    def _begin_put(self, message: protocol.PutRequest) -> None:
+        self._check_keyspace(message.keyspace)
+        names = read_names(message.keys, message.shard)
+        spans = protocol.unpack_columns(message.spans, 4, what="put: spans")
+        checksums = np.frombuffer(message.checksums, dtype="<u8") if len(message.checksums) % 8 == 0 else None
+        regions = [read_region(part) for part in message.regions]
+        key_rows, region_rows, offsets, nbytes = spans
+        if checksums is None or len(checksums) != len(names):
+            raise ProtocolError("put: as many checksums as keys are needed")
+        sizes = np.array([region.nbytes for region in regions], dtype=np.int64)
+        if spans.shape[1] == 0 or (
+            (np.diff(key_rows) < 0).any()
+            or len(np.unique(key_rows)) != len(names)
+            or key_rows[0] != 0
+            or key_rows[-1] != len(names) - 1
+            or (region_rows < 0).any()
+            or (region_rows >= len(regions)).any()
+            or (nbytes < 1).any()
+            or (offsets < 0).any()
+            or (nbytes > sizes[region_rows]).any()
+            or (offsets > sizes[region_rows] - nbytes).any()
+        ):
+            raise ProtocolError("put: spans do not fit their keys and regions")
+        put = _Put(message, names, spans, regions, checksums)
+        task = asyncio.get_running_loop().create_task(self._put(put))
+        self._puts.add(task)
+        task.add_done_callback(self._puts.discard)
+
+    async def _put(self, put: _Put) -> None:
+        """Reserve, read from the client, verify, commit: a block is there only once all of that is done."""
+        timeout = min(MAX_PUT_S, max(0.001, put.message.timeout_ms / 1000))
+        present = [self._store.has(name) for name in put.names]
+        sizes = np.bincount(put.spans[0], weights=put.spans[3]).astype(np.int64).tolist()
+        entries = self._store.reserve(put.message.keyspace, put.names, sizes)
+        status = np.where(present, PutStatus.EXISTS, PutStatus.DECLINED).astype(np.uint8)
+        rows = [i for i, entry in enumerate(entries) if entry is not None]
+        reserved = [entry for entry in entries if entry is not None]
+        self._store.counts["put_blocks"] += len(put.names)
+        self._store.counts["declined_blocks"] += len(put.names) - sum(present) - len(reserved)
+        committed: Bitmap = np.zeros(len(reserved), dtype=np.bool_)
+        try:
+            if reserved:
+                endpoint = await asyncio.wait_for(asyncio.shield(self._endpoint), timeout)
+                arrived = await self._read(endpoint, put, rows, reserved, timeout)
+                good = await asyncio.get_running_loop().run_in_executor(
+                    None, verify_entries, put, rows, reserved, arrived
+                )
+                self._store.counts["put_checksum_failures"] += int((arrived & ~good).sum())
+                for i in np.flatnonzero(good):
+                    self._store.commit(reserved[i], int(put.checksums[rows[i]]))
+                committed = good
+        except (KVRDMAError, TimeoutError, asyncio.CancelledError) as error:
+            logger.info("a put of %s was given up: %s", self.name, error or type(error).__name__)
+        finally:
+            for i, entry in enumerate(reserved):
+                status[rows[i]] = PutStatus.STORED if committed[i] else PutStatus.FAILED
+                if not committed[i]:
+                    self._store.give_up(entry)
+        self._send(protocol.PutReply(put.message.seq, status.tobytes()))
+
+    async def _read(
+        self, endpoint: Endpoint, put: _Put, rows: list[int], reserved: list[Entry], timeout: float
+    ) -> Bitmap:
+        """Read the reserved blocks from the client; which of them arrived whole."""
+        slabs = self._slabs(endpoint.scheme)
+        memories, local_rows, local_offsets = slabs.rows(reserved)
+        entry_of_key = np.full(len(put.names), -1, dtype=np.int64)
+        entry_of_key[rows] = np.arange(len(rows))
+        key_rows, region_rows, offsets, nbytes = put.spans
+        chosen = entry_of_key[key_rows] >= 0
+        owner = entry_of_key[key_rows[chosen]]
+        sizes = nbytes[chosen]
+        before = np.cumsum(sizes) - sizes
+        within = before - before[np.searchsorted(owner, np.arange(len(rows)))][owner]
+        batch = TransferBatch(
+            Opcode.READ,
+            [slabs.regions[id(memory)] for memory in memories],
+            put.regions,
+            local_rows[owner],
+            local_offsets[owner] + within,
+            region_rows[chosen].astype(np.int64),
+            offsets[chosen].astype(np.int64),
+            sizes.astype(np.int64),
+        )
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[None] = loop.create_future()
+        transfer = endpoint.post(batch, priority=Priority.OFFLOAD, timeout=timeout)
+        transfer.add_done_callback(
+            lambda _: loop.call_soon_threadsafe(lambda: done.done() or done.set_result(None))
+        )
+        # Until it is terminal the slots may still be written: nothing here may end the wait before.
+        while not transfer.done():
+            try:
+                await asyncio.shield(done)
+            except asyncio.CancelledError:
+                endpoint.abort()
+        self._store.counts["written_bytes"] += int(sizes[transfer.ok].sum())
+        if transfer.error is not None and not transfer.ok.any():
+            raise TransportError(str(transfer.error))
+        failed: Int64s = np.bincount(owner[~transfer.ok], minlength=len(rows))
+        return failed == 0
+
+    # -- leases
+
+    def _expire(self, lease: int) -> None:
+        self._store.counts["expired_leases"] += 1
+        self._end_lease(lease)
+
+    def _end_lease(self, lease: int) -> None:
+        held = self._leases.pop(lease, None)
+        if held is not None:
+            entries, timer = held
+            timer.cancel()
+            self._store.unpin(entries)
+
+    def _check_keyspace(self, number: int) -> None:
+        if number not in self._keyspaces:
+            raise ProtocolError(f"key space {number} was not opened on this connection")
+
+
+@dataclass(frozen=True, slots=True)
+class _Put:
+    message: protocol.PutRequest
+    names: list[bytes]
+    spans: Int64s
+    regions: list[RemoteRegion]
+    checksums: Checksums
+
+
+def verify_entries(put: _Put, rows: list[int], reserved: list[Entry], arrived: Bitmap) -> Bitmap:
+    """Of the blocks that arrived, those whose bytes have the checksum that the client gave."""
+    good = arrived.copy()
+    for i in np.flatnonzero(arrived):
+        entry = reserved[i]
+        key, shard = entry.name[:KEY_NBYTES], entry.name[KEY_NBYTES:]
+        view = entry.size_class.pool.view(entry.slot)
+        good[i] = checksum(key, shard, [view]) == int(put.checksums[rows[i]])
+    return good
+
+
+def read_keys(raw: bytes) -> list[bytes]:
+    """The keys of a message; raises `ProtocolError` where they are not whole or none."""
+    if not protocol.count_keys(raw, what="keys"):
+        raise ProtocolError("keys: at least one is needed")
+    return unpack_keys(np.frombuffer(raw, dtype=np.uint8).reshape(-1, KEY_NBYTES))
+
+
+def read_names(raw: bytes, shard: bytes) -> list[bytes]:
+    """Key and shard of each block of a message."""
+    suffix = Shard.decode(shard).encode()
+    return [key + suffix for key in read_keys(raw)]
+
+
+def wire_region(region: RemoteRegion) -> list[Any]:
+    """A region as it crosses the wire."""
+    return [region.scheme, region.nbytes, region.token]

@@ -1,0 +1,285 @@
+"""In process: both ends in one process, for tests, `memory://` pools and as the smallest example of a transport."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import ClassVar
+
+import numpy as np
+
+from kvrdma.errors import ClosedError, DeadlineError, KVRDMAError, RegionError, TransportError
+from kvrdma.memory import Lease, Memory
+from kvrdma.transports.base import (
+    Endpoint,
+    Listener,
+    MemoryRegion,
+    Opcode,
+    Priority,
+    RemoteRegion,
+    Rights,
+    Transfer,
+    TransferBatch,
+    Transport,
+    check_open,
+)
+from kvrdma.transports.regions import RangeStatus, RegionTable, explain
+
+_listeners: dict[str, InprocListener] = {}
+_guard = threading.Lock()
+_numbers = itertools.count(1)
+
+
+class InprocTransport(Transport):
+    """Copies between registered regions on a thread of each endpoint's own."""
+
+    scheme: ClassVar[str] = "inproc"
+
+    def __init__(self) -> None:
+        self.table = RegionTable(self.scheme)
+        self._open: list[Endpoint | Listener] = []
+        self._closed = False
+
+    def register(self, memory: Memory) -> MemoryRegion:
+        """Make memory usable."""
+        return self.table.register(memory)
+
+    def deregister(self, region: MemoryRegion) -> None:
+        """Forget a region and revoke its exports."""
+        self.table.deregister(region)
+
+    def export(self, region: MemoryRegion, rights: Rights) -> RemoteRegion:
+        """Make a key for a region."""
+        return self.table.export(region, rights)
+
+    def revoke(self, remote: RemoteRegion) -> None:
+        """Take a key back."""
+        self.table.revoke(remote)
+
+    def connect(self, address: str, *, timeout: float, ticket: bytes = b"") -> Endpoint:
+        """Reach a listener of this process."""
+        check_open(self._closed, "inproc transport")
+        with _guard:
+            listener = _listeners.get(address)
+        if listener is None:
+            raise TransportError(f"inproc: nobody listens on {address!r}")
+        here = InprocEndpoint(self.table, listener.transport.table, peer=address, ticket=ticket)
+        there = InprocEndpoint(listener.transport.table, self.table, peer=f"peer of {address}", ticket=ticket)
+        here.join(there)
+        self._open.append(here)
+        listener.transport._open.append(there)
+        listener.admit(there)
+        return here
+
+    def listen(self, address: str) -> Listener:
+        """Open a listener under a name; an empty one picks a free one."""
+        check_open(self._closed, "inproc transport")
+        listener = InprocListener(self, address or f"inproc-{next(_numbers)}")
+        with _guard:
+            if listener.contact_address in _listeners:
+                raise TransportError(f"inproc: {address!r} is taken")
+            _listeners[listener.contact_address] = listener
+        self._open.append(listener)
+        return listener
+
+    def close(self) -> None:
+        """Abort every endpoint."""
+        if not self._closed:
+            self._closed = True
+            for part in self._open:
+                part.abort() if isinstance(part, Endpoint) else part.close()
+
+    @classmethod
+    def can_reach(cls, address: str) -> bool:
+        """Whether the listener is in this process."""
+        return address in _listeners
+
+
+class InprocListener(Listener):
+    """Hands the other end of each connection to whoever accepts."""
+
+    def __init__(self, transport: InprocTransport, name: str) -> None:
+        self.transport = transport
+        self._name = name
+        self._ready: queue.SimpleQueue[Endpoint | None] = queue.SimpleQueue()
+        self._callback: Callable[[Endpoint], None] | None = None
+        self._closed = False
+
+    @property
+    def contact_address(self) -> str:
+        """The name."""
+        return self._name
+
+    def admit(self, endpoint: Endpoint) -> None:
+        """Take a new peer's endpoint."""
+        if self._callback is not None:
+            self._callback(endpoint)
+        else:
+            self._ready.put(endpoint)
+
+    def accept(self, *, timeout: float) -> Endpoint:
+        """Wait for the next peer."""
+        check_open(self._closed, "inproc listener")
+        try:
+            endpoint = self._ready.get(timeout=timeout)
+        except queue.Empty:
+            raise DeadlineError(f"inproc: nobody connected to {self._name!r} within {timeout} s") from None
+        if endpoint is None:
+            raise ClosedError("inproc listener: closed")
+        return endpoint
+
+    def on_endpoint(self, callback: Callable[[Endpoint], None]) -> None:
+        """Hand every new endpoint to a callback."""
+        self._callback = callback
+
+    def close(self) -> None:
+        """Accept no more."""
+        if not self._closed:
+            self._closed = True
+            with _guard:
+                _listeners.pop(self._name, None)
+            self._ready.put(None)
+
+
+_Job = tuple[int, int, TransferBatch | None, Transfer | None, float | None]
+
+
+class InprocEndpoint(Endpoint):
+    """Executes its own batches, lowest priority number first, by memmove."""
+
+    scheme: ClassVar[str] = "inproc"
+
+    def __init__(self, table: RegionTable, peer_table: RegionTable, *, peer: str, ticket: bytes) -> None:
+        self._table = table
+        self._peer_table = peer_table
+        self._peer = peer
+        self._ticket = ticket
+        self._other: InprocEndpoint | None = None
+        self._jobs: queue.PriorityQueue[_Job] = queue.PriorityQueue()
+        self._order = itertools.count()
+        self._guard = threading.Lock()
+        self._posted: set[Transfer] = set()
+        self._idle = threading.Condition(self._guard)
+        self._cancelled: set[Transfer] = set()
+        self._stop = threading.Event()
+        self._callbacks: list[Callable[[], None]] = []
+        self._thread = threading.Thread(target=self._run, name="kvrdma-inproc", daemon=True)
+        self._thread.start()
+
+    def join(self, other: InprocEndpoint) -> None:
+        """Tie both ends together: when one ends, so does the other."""
+        self._other, other._other = other, self
+
+    @property
+    def peer(self) -> str:
+        """The name it connected to."""
+        return self._peer
+
+    @property
+    def ticket(self) -> bytes:
+        """What the end that connected said of itself."""
+        return self._ticket
+
+    def closed(self) -> bool:
+        """Whether it was closed or aborted, here or there."""
+        return self._stop.is_set()
+
+    def add_close_callback(self, callback: Callable[[], None]) -> None:
+        """Call back once when the endpoint is closed."""
+        with self._guard:
+            if not self._stop.is_set():
+                self._callbacks.append(callback)
+                return
+        callback()
+
+    def post(
+        self,
+        batch: TransferBatch,
+        *,
+        hold: Lease | None = None,
+        priority: Priority = Priority.LOAD,
+        timeout: float | None = None,
+    ) -> Transfer:
+        """Queue a batch; returns at once."""
+        self._table.check(batch.local)
+        for remote in batch.remote:
+            if remote.scheme != InprocTransport.scheme:
+                raise RegionError(f"inproc: a remote region of scheme {remote.scheme!r} cannot be used here")
+        deadline = None if timeout is None else time.monotonic() + timeout
+        with self._guard:
+            check_open(self._stop.is_set(), f"inproc endpoint to {self._peer}")
+            transfer = Transfer(len(batch), hold=hold)
+            transfer._on_cancel = lambda: self._cancelled.add(transfer)
+            self._posted.add(transfer)
+            self._jobs.put((int(priority), next(self._order), batch, transfer, deadline))
+        return transfer
+
+    def close(self, *, timeout: float = 5.0) -> None:
+        """Let posted transfers end, then close."""
+        with self._idle:
+            self._idle.wait_for(lambda: not self._posted, timeout)
+        self.abort()
+
+    def abort(self) -> None:
+        """End at once, here and there."""
+        self._end()
+        if self._other is not None:
+            self._other._end()
+
+    def _end(self) -> None:
+        with self._guard:
+            if self._stop.is_set():
+                return
+            self._stop.set()
+            callbacks, self._callbacks = self._callbacks, []
+        self._jobs.put((-1, -1, None, None, None))
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+        for transfer in list(self._posted):
+            self._finish(transfer, None, ClosedError(f"inproc endpoint to {self._peer}: aborted"))
+        for callback in callbacks:
+            callback()
+
+    def _run(self) -> None:
+        while True:
+            _, _, batch, transfer, deadline = self._jobs.get()
+            if batch is None or transfer is None or self._stop.is_set():
+                return
+            if transfer in self._cancelled:
+                self._finish(transfer, None, ClosedError("inproc: cancelled"))
+            elif deadline is not None and time.monotonic() > deadline:
+                self._finish(transfer, None, DeadlineError("inproc: not begun before its deadline"))
+            else:
+                self._execute(batch, transfer)
+
+    def _execute(self, batch: TransferBatch, transfer: Transfer) -> None:
+        need = Rights.READ if batch.opcode is Opcode.READ else Rights.WRITE
+        status, remote, _ = self._peer_table.resolve(
+            [region.token for region in batch.remote],
+            batch.remote_rows,
+            batch.remote_offsets,
+            batch.nbytes,
+            need,
+        )
+        ok = status == RangeStatus.OK
+        for i in np.flatnonzero(ok):
+            if self._stop.is_set():
+                ok[i:] = False
+                break
+            local = batch.local[batch.local_rows[i]].memory.address + int(batch.local_offsets[i])
+            source, target = (int(remote[i]), local) if batch.opcode is Opcode.READ else (local, int(remote[i]))
+            ctypes.memmove(target, source, int(batch.nbytes[i]))
+        refused = status[status != RangeStatus.OK]
+        error = RegionError(f"inproc: {explain(int(refused[0]))}") if refused.size else None
+        self._finish(transfer, ok, error)
+
+    def _finish(self, transfer: Transfer, ok: np.ndarray | None, error: KVRDMAError | None) -> None:
+        with self._idle:
+            self._posted.discard(transfer)
+            self._cancelled.discard(transfer)
+            self._idle.notify_all()
+        transfer.finish(ok, error)
