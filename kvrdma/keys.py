@@ -38,20 +38,22 @@ class BlockKey(bytes):
     __slots__ = ()
 
     @classmethod
-    def external(
-        cls, keyspace: KeySpace, engine: str, opaque: bytes, *, parent: bytes | None = None
-    ) -> BlockKey:
+    def external(cls, keyspace: KeySpace, engine: str, opaque: bytes, *, parent: bytes | None = None) -> BlockKey:
         """Name a block by an engine's own hash, for engines that give no tokens.
 
         The domain is apart from that of token hashes: no choice of `opaque` meets one of them.
         """
         name = engine.encode()
         message = b"".join(
-            (len(name).to_bytes(4, "little"), name, parent or _ROOT, len(opaque).to_bytes(4, "little"), opaque)
+            (
+                len(name).to_bytes(4, "little"),
+                name,
+                parent or _ROOT,
+                len(opaque).to_bytes(4, "little"),
+                opaque,
+            )
         )
-        digest = hashlib.blake2b(
-            message, digest_size=KEY_NBYTES, key=keyspace.digest, person=_PERSON_EXTERNAL
-        )
+        digest = hashlib.blake2b(message, digest_size=KEY_NBYTES, key=keyspace.digest, person=_PERSON_EXTERNAL)
         return cls(digest.digest())
 
 

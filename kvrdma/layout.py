@@ -40,9 +40,7 @@ class Shard:
 
     def encode(self) -> bytes:
         """10 bytes, equal on every machine."""
-        return _SHARD.pack(
-            self.group, self.first_layer, self.last_layer, self.first_head, self.last_head
-        )
+        return _SHARD.pack(self.group, self.first_layer, self.last_layer, self.first_head, self.last_head)
 
     @classmethod
     def decode(cls, raw: bytes) -> Self:

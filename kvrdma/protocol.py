@@ -254,7 +254,7 @@ def decode(body: bytes) -> Message:
     for field, value in zip(declared, values[1:], strict=True):
         if type(value) is not _PYTHON_TYPES[str(field.type)]:
             raise ProtocolError(f"{cls.__name__}.{field.name}: {field.type} expected")
-        if field.type == "int" and value < 0:
+        if isinstance(value, int) and value < 0:
             raise ProtocolError(f"{cls.__name__}.{field.name}: must not be negative")
     return cls(*values[1:])
 

@@ -17,8 +17,11 @@ from urllib.parse import parse_qsl, urlsplit
 from kvrdma.errors import ConfigError
 
 ENV_PREFIX: Final = "KVRDMA_"
-_UNITS: Final = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
-_UNITS |= {f"{unit}i": 1024 ** (i + 1) for i, unit in enumerate("kmgt")}
+_UNITS: Final = {
+    "": 1,
+    **{unit: 1000 ** (i + 1) for i, unit in enumerate("kmgt")},
+    **{f"{unit}i": 1024 ** (i + 1) for i, unit in enumerate("kmgt")},
+}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?|)b?\s*", re.IGNORECASE)
 
 T = TypeVar("T")
@@ -140,22 +143,16 @@ class Settings:
     l1_bytes: int = option(4 << 30, parse_size, "pinned CPU memory of the whole engine, all ranks together")
     l2: str = option("", parse_text, "URL of the store below the CPU cache, such as kvrdma://host:7700")
     policy: str = option("lru", parse_text, "eviction policy of the CPU cache, by name")
-    offload: str = option(
-        "all", one_of("all", later=("hot", "cold", "auto")), "which blocks go to L2: all"
-    )
+    offload: str = option("all", one_of("all", later=("hot", "cold", "auto")), "which blocks go to L2: all")
     namespace: str = option("", parse_text, "keeps caches apart that would otherwise share")
     weights_version: str = option("", parse_text, "names the weights where they are not files")
-    fingerprint: str = option(
-        "sampled", one_of("sampled", "full"), "how the weights' content is read: sampled or full"
-    )
+    fingerprint: str = option("sampled", one_of("sampled", "full"), "how the weights' content is read: sampled or full")
     transports: tuple[str, ...] = option((), parse_names, "order of transports; others are never used")
     streams: int = option(1, parse_count, "connections a peer for the tcp transport")
     budget_dir: str = option("", not_built, "where the host's NIC budget lies (planned)")
     nic_rate: str = option("", not_built, "bytes per second of the host's NIC budget (planned)")
     gate: str = option("off", one_of("off", later=("on", "auto")), "load or recompute: off")
-    coordination: str = option(
-        "engine", one_of("engine", later=("group",)), "how ranks agree: engine"
-    )
+    coordination: str = option("engine", one_of("engine", later=("group",)), "how ranks agree: engine")
     connect_timeout: float = option(2.0, parse_seconds, "seconds to reach L2")
     lookup_timeout: float = option(0.25, parse_seconds, "seconds L2 may take to say what it has")
     fetch_timeout: float = option(5.0, parse_seconds, "seconds a fetch from L2 may take")

@@ -155,9 +155,7 @@ def check_batch(keys: KeyBatch, spans: Spans, checksums: Checksums | None = None
         raise BackendError("a key without any span")
 
 
-def verify(
-    keys: KeyBatch, shard: Shard, spans: Spans, checksums: Checksums, ok: Bitmap
-) -> Bitmap:
+def verify(keys: KeyBatch, shard: Shard, spans: Spans, checksums: Checksums, ok: Bitmap) -> Bitmap:
     """Of the keys that arrived (`ok`), those whose bytes have their checksum: bool[n]."""
     good = ok.copy()
     name = shard.encode()

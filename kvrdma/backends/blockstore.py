@@ -74,9 +74,7 @@ class BlockStore:
         source: SlabSource | None = None,
     ) -> None:
         self.capacity_nbytes = capacity_nbytes
-        self.reserve_of_slabs = SlabReserve(
-            capacity_nbytes, slab_nbytes or slab_size(capacity_nbytes), source=source
-        )
+        self.reserve_of_slabs = SlabReserve(capacity_nbytes, slab_nbytes or slab_size(capacity_nbytes), source=source)
         self._policy = policy
         self._classes: dict[int, SizeClass] = {}
         self._entries: dict[bytes, Entry] = {}
@@ -257,5 +255,3 @@ def check_capacity(capacity_nbytes: int) -> None:
     """Raise `ConfigError` where a capacity is too small to be of use."""
     if capacity_nbytes < _MIN_SLAB_NBYTES:
         raise ConfigError(f"capacity of {capacity_nbytes} bytes: at least {_MIN_SLAB_NBYTES} are needed")
-
-

@@ -64,9 +64,7 @@ class MemoryBackend(StorageBackend):
         suffixes = [shard.encode() for shard in shards]
         with self._guard:
             self._check_open()
-            present = [
-                all(self._store.has(key + suffix) for suffix in suffixes) for key in unpack_keys(keys)
-            ]
+            present = [all(self._store.has(key + suffix) for suffix in suffixes) for key in unpack_keys(keys)]
             differs = () if any(present) else tuple(self._store.nearest_filled(self._keyspace))
         return Lookup(np.array(present, dtype=np.bool_), differs=differs)
 
@@ -139,16 +137,14 @@ class MemoryBackend(StorageBackend):
         wrong = (transfer.status == GetStatus.OK) & ~good
         transfer.status[wrong] = GetStatus.CHECKSUM
         with self._guard:
-            for i in np.flatnonzero(wrong):
+            for i in np.flatnonzero(wrong).tolist():
                 entry = entries[i]
                 if entry is not None:
                     self._store.drop_wrong(entry.generation)
             self._store.unpin(entry for entry in entries if entry is not None)
         transfer.conclude()
 
-    def _put(
-        self, transfer: PutTransfer, keys: KeyBatch, shard: Shard, source: Spans, checksums: Checksums
-    ) -> None:
+    def _put(self, transfer: PutTransfer, keys: KeyBatch, shard: Shard, source: Spans, checksums: Checksums) -> None:
         suffix = shard.encode()
         names = [key + suffix for key in unpack_keys(keys)]
         with self._guard:

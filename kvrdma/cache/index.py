@@ -250,9 +250,7 @@ class CacheIndex:
 
     # -- jobs
 
-    def _emit(
-        self, kind: JobKind, slots: list[Slot], *, timeout: float = 0.0, blocks: Int64s | None = None
-    ) -> Job:
+    def _emit(self, kind: JobKind, slots: list[Slot], *, timeout: float = 0.0, blocks: Int64s | None = None) -> Job:
         """Send a job to every rank. Each slot's reference, taken before, is the job's until it is terminal."""
         n, ranks = len(slots), self.options.ranks
         job = Job(

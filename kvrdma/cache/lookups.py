@@ -64,12 +64,7 @@ class Lookups:
     def lookup(self, request_id: str, keys: Sequence[bytes], first: int, *, ready_only: bool) -> Offer:
         """How many blocks of `keys[first:]` can be loaded?"""
         request = self._requests.get(request_id)
-        if (
-            request is None
-            or request.phase is Phase.DONE
-            or request.first != first
-            or len(request.keys) != len(keys)
-        ):
+        if request is None or request.phase is Phase.DONE or request.first != first or len(request.keys) != len(keys):
             refused = request is not None and request.refused
             if request is not None:
                 self._end(request)

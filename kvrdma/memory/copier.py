@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
+import itertools
 import time
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from kvrdma.errors import ConfigError
 from kvrdma.layout import BlockLayout, Int64s
 from kvrdma.memory.pool import PinnedPool
+from kvrdma.memory.slab import bytes_at
 
 
 class Fence(Protocol):
@@ -23,10 +24,15 @@ class Fence(Protocol):
 
 
 class Copy(Protocol):
-    """A copy under way. `nbytes` and, once done, `seconds` say what it cost."""
+    """A copy under way."""
 
-    nbytes: int
-    seconds: float
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are copied."""
+
+    @property
+    def seconds(self) -> float:
+        """What it took, once done."""
 
     def done(self) -> bool:
         """Whether all bytes are there, without waiting."""
@@ -99,7 +105,7 @@ class CpuCopier:
         runs = []
         for run in layout.runs:
             whole = (layout.n_blocks - 1) * run.block_stride + run.nbytes
-            raw = np.frombuffer((ctypes.c_uint8 * whole).from_address(run.address), dtype=np.uint8)
+            raw = bytes_at(run.address, whole)
             runs.append(
                 np.lib.stride_tricks.as_strided(
                     raw, (layout.n_blocks, run.nbytes), (run.block_stride, 1), writeable=True
@@ -134,7 +140,7 @@ class CpuCopier:
         breaks = (np.diff(blocks) != 1) | (np.diff(within) != 1) | (np.diff(slab) != 0)
         starts = np.concatenate([[0], np.flatnonzero(breaks) + 1, [len(blocks)]]) if len(blocks) else [0]
         if len(starts) - 1 <= max(1, len(blocks) // 4):
-            for first, last in zip(starts[:-1], starts[1:], strict=True):
+            for first, last in itertools.pairwise(starts):
                 b, s = int(blocks[first]), int(within[first])
                 n = int(last - first)
                 _copy_runs(runs, pool.rows()[slab[first]], slice(b, b + n), slice(s, s + n), to_slots)

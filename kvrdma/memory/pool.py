@@ -181,16 +181,13 @@ class PinnedPool:
         needed, available = n_slots * self.slot_stride, self._source.available_nbytes()
         if needed > available:
             raise CapacityError(
-                f"pool of {n_slots} slots of {self.slot_nbytes} bytes ({needed} bytes): "
-                f"{available} bytes are available"
+                f"pool of {n_slots} slots of {self.slot_nbytes} bytes ({needed} bytes): {available} bytes are available"
             )
         added: list[Memory] = []
-        counts = [
-            min(self.slots_per_slab, n_slots - first) for first in range(0, n_slots, self.slots_per_slab)
-        ]
+        counts = [min(self.slots_per_slab, n_slots - first) for first in range(0, n_slots, self.slots_per_slab)]
         try:
             for count in counts:
-                added.append(self._source.allocate(count * self.slot_stride))
+                added += [self._source.allocate(count * self.slot_stride)]
         except BaseException:
             for memory in added:
                 self._source.release(memory)
@@ -230,7 +227,9 @@ class PinnedPool:
 
     def view(self, slot: int) -> NDArray[np.uint8]:
         """One slot's bytes, without a copy: uint8[slot_nbytes]."""
-        return self._rows[slot // self.slots_per_slab][slot % self.slots_per_slab]
+        rows: NDArray[np.uint8] = self._rows[slot // self.slots_per_slab]
+        view: NDArray[np.uint8] = rows[slot % self.slots_per_slab]
+        return view
 
     def spans(self, slots: Int64s | Sequence[int], nbytes: int | None = None) -> Spans:
         """One range a key: the first `nbytes` (all by default) of each slot."""
@@ -270,7 +269,7 @@ class PinnedPool:
         numbers = np.asarray(slots, dtype=np.int64)
         with self._guard:
             self._check_open()
-            if numbers.size and not (0 <= numbers.min() and numbers.max() < self.n_slots):
+            if numbers.size and not (numbers.min() >= 0 and numbers.max() < self.n_slots):
                 raise RegionError(f"lease: slots must lie in 0..{self.n_slots - 1}, got {numbers.tolist()}")
             if exclusive and (self._holds[numbers] != 0).any():
                 raise RegionError("lease: a slot is still held by a transfer that is not terminal")

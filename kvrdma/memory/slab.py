@@ -53,10 +53,12 @@ class Memory:
 
     def array(self) -> NDArray[np.uint8]:
         """The bytes as uint8[nbytes], without a copy. Valid as long as this object is."""
-        if isinstance(self.keepalive, np.ndarray):
-            return self.keepalive
-        raw = (ctypes.c_uint8 * self.nbytes).from_address(self.address)
-        return np.frombuffer(raw, dtype=np.uint8)
+        return bytes_at(self.address, self.nbytes)
+
+
+def bytes_at(address: int, nbytes: int) -> NDArray[np.uint8]:
+    """Raw memory as uint8[nbytes], without a copy. Valid as long as its owner is."""
+    return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))
 
 
 class SlabSource(Protocol):
@@ -142,9 +144,7 @@ class SlabReserve:
         if n_slabs < 1:
             raise CapacityError(f"capacity of {capacity_nbytes} bytes: less than one slab of {slab_nbytes} bytes")
         if capacity_nbytes > available:
-            raise CapacityError(
-                f"capacity of {capacity_nbytes} bytes: the host has {available} bytes available"
-            )
+            raise CapacityError(f"capacity of {capacity_nbytes} bytes: the host has {available} bytes available")
         self.slabs: list[Memory] = []
         try:
             for _ in range(n_slabs):
@@ -177,9 +177,7 @@ class SlabReserve:
 
 def _touch(array: NDArray[np.uint8]) -> None:
     """Make every page present, so that no first use waits for the kernel."""
-    refused = _libc.madvise(
-        ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes), _MADV_POPULATE_WRITE
-    )
+    refused = _libc.madvise(ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes), _MADV_POPULATE_WRITE)
     if not refused:
         return
     code = ctypes.get_errno()

@@ -153,7 +153,11 @@ class PoolServer:
             slabs.exports[id(memory)] = transport.export(region, Rights.READ)
         self._slabs[scheme] = slabs
         listener = transport.listen(f"{self.settings.host}:0")
-        listener.on_endpoint(lambda endpoint: loop.call_soon_threadsafe(self._on_endpoint, endpoint))
+
+        def on_endpoint(endpoint: Endpoint) -> None:
+            loop.call_soon_threadsafe(self._on_endpoint, endpoint)
+
+        listener.on_endpoint(on_endpoint)
         self._listeners.append(listener)
 
     def _on_endpoint(self, endpoint: Endpoint) -> None:
@@ -226,7 +230,12 @@ class PoolServer:
             if not isinstance(hello, Hello) or len(messages) > 1:
                 raise ProtocolError("a hello, and nothing else, must come first")
             session = ClientSession(
-                peer, secrets.token_bytes(16), self._store, self._slabs.__getitem__, send, lease_s=self.settings.lease_s
+                peer,
+                secrets.token_bytes(16),
+                self._store,
+                self._slabs.__getitem__,
+                send,
+                lease_s=self.settings.lease_s,
             )
             session.name = f"{hello.client[:128]} ({peer})"
             self._sessions[session.ticket] = session

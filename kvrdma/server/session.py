@@ -20,7 +20,7 @@ from kvrdma.keys import KEY_NBYTES, KeySpace, unpack_keys
 from kvrdma.layout import SHARD_NBYTES, Bitmap, Checksums, Int64s, Shard, checksum
 from kvrdma.memory import Memory
 from kvrdma.protocol import Message
-from kvrdma.transports import Endpoint, MemoryRegion, Opcode, Priority, RemoteRegion, TransferBatch
+from kvrdma.transports import Endpoint, MemoryRegion, Opcode, Priority, RemoteRegion, Transfer, TransferBatch
 
 logger = logging.getLogger(__name__)
 
@@ -242,7 +242,7 @@ class ClientSession:
                     None, verify_entries, put, rows, reserved, arrived
                 )
                 self._store.counts["put_checksum_failures"] += int((arrived & ~good).sum())
-                for i in np.flatnonzero(good):
+                for i in np.flatnonzero(good).tolist():
                     self._store.commit(reserved[i], int(put.checksums[rows[i]]))
                 committed = good
         except (KVRDMAError, TimeoutError, asyncio.CancelledError) as error:
@@ -279,22 +279,24 @@ class ClientSession:
             sizes.astype(np.int64),
         )
         loop = asyncio.get_running_loop()
-        done: asyncio.Future[None] = loop.create_future()
+        done = asyncio.Event()
         transfer = endpoint.post(batch, priority=Priority.OFFLOAD, timeout=timeout)
-        transfer.add_done_callback(
-            lambda _: loop.call_soon_threadsafe(lambda: done.done() or done.set_result(None))
-        )
+
+        def ended(_: Transfer) -> None:
+            loop.call_soon_threadsafe(done.set)
+
+        transfer.add_done_callback(ended)
         # Until it is terminal the slots may still be written: nothing here may end the wait before.
         while not transfer.done():
             try:
-                await asyncio.shield(done)
+                await done.wait()
             except asyncio.CancelledError:
                 endpoint.abort()
         self._store.counts["written_bytes"] += int(sizes[transfer.ok].sum())
         if transfer.error is not None and not transfer.ok.any():
             raise TransportError(str(transfer.error))
-        failed: Int64s = np.bincount(owner[~transfer.ok], minlength=len(rows))
-        return failed == 0
+        arrived: Bitmap = np.bincount(owner[~transfer.ok], minlength=len(rows)) == 0
+        return arrived
 
     # -- leases
 

@@ -21,9 +21,7 @@ def check_order(order: Sequence[str]) -> None:
         transports.get(name)
 
 
-def negotiate(
-    offers: Sequence[tuple[str, str]], order: Sequence[str] = ()
-) -> list[tuple[type[Transport], str]]:
+def negotiate(offers: Sequence[tuple[str, str]], order: Sequence[str] = ()) -> list[tuple[type[Transport], str]]:
     """Order a peer's offers (scheme, address) by preference, best first.
 
     `order` is the user's: what it does not name is never used. Without one the default order holds: in

@@ -152,9 +152,7 @@ class PoolBackend(StorageBackend):
         """The server's counters."""
         deadline = Deadline(timeout)
         session = self._connected(deadline)
-        return session.call(
-            protocol.StatsRequest, protocol.StatsReply, timeout=deadline.left()
-        ).stats
+        return session.call(protocol.StatsRequest, protocol.StatsReply, timeout=deadline.left()).stats
 
     def close(self) -> None:
         """End what is under way and let go of connections."""
@@ -248,7 +246,13 @@ class PoolBackend(StorageBackend):
             transfer.conclude(ClosedError("kvrdma:// backend: closed"))
 
     def _get(
-        self, transfer: GetTransfer, keys: KeyBatch, shard: Shard, target: Spans, hold: Lease | None, timeout: float
+        self,
+        transfer: GetTransfer,
+        keys: KeyBatch,
+        shard: Shard,
+        target: Spans,
+        hold: Lease | None,
+        timeout: float,
     ) -> None:
         deadline = Deadline(timeout)
         session, keyspace = self._ready(deadline)
@@ -283,9 +287,7 @@ class PoolBackend(StorageBackend):
                 session.send(protocol.Release(0, reply.lease, bad.astype("<i8").tobytes()))
         transfer.conclude(error)
 
-    def _read_batch(
-        self, scheme: str, wanted: Spans, columns: Int64s, regions: list[RemoteRegion]
-    ) -> TransferBatch:
+    def _read_batch(self, scheme: str, wanted: Spans, columns: Int64s, regions: list[RemoteRegion]) -> TransferBatch:
         """One READ a span: an object lies in one piece at the server, its spans here may be several."""
         region_rows, offsets, _, _ = columns
         before = np.cumsum(wanted.nbytes) - wanted.nbytes
@@ -303,7 +305,13 @@ class PoolBackend(StorageBackend):
         )
 
     def _put(
-        self, transfer: PutTransfer, keys: KeyBatch, shard: Shard, source: Spans, checksums: Checksums, timeout: float
+        self,
+        transfer: PutTransfer,
+        keys: KeyBatch,
+        shard: Shard,
+        source: Spans,
+        checksums: Checksums,
+        timeout: float,
     ) -> None:
         deadline = Deadline(timeout)
         session, keyspace = self._ready(deadline)
@@ -341,9 +349,7 @@ class PoolBackend(StorageBackend):
         transfer.conclude()
 
 
-def read_get_reply(
-    reply: protocol.GetReply, target: Spans
-) -> tuple[np.ndarray, Int64s, Checksums, list[RemoteRegion]]:
+def read_get_reply(reply: protocol.GetReply, target: Spans) -> tuple[np.ndarray, Int64s, Checksums, list[RemoteRegion]]:
     """What a server says of the blocks it leases: present, columns, checksums, regions.
 
     Raises `ProtocolError` where lengths, rows or sizes do not fit what was asked for: a client reads only as

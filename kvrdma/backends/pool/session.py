@@ -54,9 +54,7 @@ class Session:
         except TimeoutError:
             raise DeadlineError(f"pool server {self.peer}: no connection within {timeout} s") from None
         except OSError as error:
-            raise TransportError(
-                f"pool server {self.peer}: cannot be reached: {error.strerror or error}"
-            ) from error
+            raise TransportError(f"pool server {self.peer}: cannot be reached: {error.strerror or error}") from error
         self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 12_000)
         self._decoder = FrameDecoder(peer=f"pool server {self.peer}")

@@ -25,7 +25,7 @@ from kvrdma.transports.base import (
     TransferBatch,
     check_open,
 )
-from kvrdma.transports.regions import RangeStatus, RegionTable, explain
+from kvrdma.transports.regions import TOKEN_NBYTES, RangeStatus, RegionTable, explain
 from kvrdma.transports.tcp import wire
 from kvrdma.transports.tcp.iovec import make_iovecs
 from kvrdma.transports.tcp.loop import IoLoop, Timer
@@ -136,7 +136,7 @@ class TcpEndpoint(Endpoint):
         check_open(self._closed, f"tcp endpoint to {self._peer}")
         self._table.check(batch.local)
         for remote in batch.remote:
-            if remote.scheme != "tcp" or len(remote.token) != wire.TOKEN_NBYTES:
+            if remote.scheme != "tcp" or len(remote.token) != TOKEN_NBYTES:
                 raise RegionError(f"tcp: a remote region of scheme {remote.scheme!r} cannot be used here")
         n = len(batch)
         operation = _Operation(Transfer(n, hold=hold), np.ones(n, dtype=np.bool_), 0)

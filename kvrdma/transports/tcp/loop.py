@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 logger = logging.getLogger(__name__)
@@ -119,7 +120,7 @@ class IoLoop:
                     continue
                 handler = self._handlers.get(fd)
                 if handler is not None:
-                    self._guarded(lambda h=handler, e=events: h(e | (READABLE if e & _BROKEN else 0)))
+                    self._guarded(partial(handler, events | (READABLE if events & _BROKEN else 0)))
             while self._calls:
                 self._guarded(self._calls.popleft())
             now = time.monotonic()

@@ -87,9 +87,7 @@ class Responder:
     def _forget_read(self, key: _Key) -> None:
         self._reads.pop(key, None)
 
-    def _resolve(
-        self, header: Header, body: bytes, need: Rights
-    ) -> tuple[NDArray[np.uint8], Int64s, Int64s, Any]:
+    def _resolve(self, header: Header, body: bytes, need: Rights) -> tuple[NDArray[np.uint8], Int64s, Int64s, Any]:
         tokens, rows, offsets, nbytes = wire.decode_request(header, body)
         if (nbytes > wire.MAX_PAYLOAD).any():
             raise ProtocolError(f"tcp: a range of more than {wire.MAX_PAYLOAD} bytes")

@@ -164,10 +164,10 @@ class Stream:
             # The iovecs end with the next header, so its bytes came in the same call.
             self._have = self._payload.done - payload_nbytes
             self._payload = None
-            header, self._header = self._header, None
-            assert header is not None
+            finished, self._header = self._header, None
+            assert finished is not None
             self._expect = _Expect.HEADER
-            self._inbox.on_payload(self, header)
+            self._inbox.on_payload(self, finished)
         else:
             self._have += n
         while not self._closed and self._payload is None and self._have == len(self._buffer):
@@ -175,9 +175,9 @@ class Stream:
 
     def _next(self) -> None:
         if self._expect is _Expect.HEADER:
-            self._header = header = Header.decode(self._header_buffer)
+            self._header = Header.decode(self._header_buffer)
             self._expect = _Expect.BODY
-            self._buffer = memoryview(bytearray(header.body_nbytes))
+            self._buffer = memoryview(bytearray(self._header.body_nbytes))
             self._have = 0
             return
         header = self._header

@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar, Final
 
 from kvrdma.errors import ClosedError, ConfigError, DeadlineError, ProtocolError, TransportError
@@ -209,10 +210,10 @@ class TcpListener(Listener):
             sock.setblocking(False)
             guest = _Guest(sock, f"{address[0]}:{address[1]}")
             self._guests.add(guest)
-            self._loop.watch(sock.fileno(), READABLE, lambda _, g=guest: self._greet(g))
-            self._loop.call_at(time.monotonic() + GREETING_TIMEOUT_S, lambda g=guest: self._dismiss(g))
+            self._loop.watch(sock.fileno(), READABLE, partial(self._on_greeting, guest))
+            self._loop.call_at(time.monotonic() + GREETING_TIMEOUT_S, partial(self._dismiss, guest))
 
-    def _greet(self, guest: _Guest) -> None:
+    def _on_greeting(self, guest: _Guest, events: int) -> None:
         try:
             n = guest.sock.recv_into(memoryview(guest.buffer)[guest.have :])
             if n == 0:
@@ -237,7 +238,9 @@ class TcpListener(Listener):
         """Make an endpoint once the last of a session's streams is here."""
         mates = [g for g in self._guests if g.greeting and g.greeting.session == greeting.session]
         indices = sorted(g.greeting.index for g in mates if g.greeting)
-        if any(g.greeting and (g.greeting.count, g.greeting.ticket) != (greeting.count, greeting.ticket) for g in mates):
+        if any(
+            g.greeting and (g.greeting.count, g.greeting.ticket) != (greeting.count, greeting.ticket) for g in mates
+        ):
             for guest in mates:
                 self._dismiss(guest)
             return

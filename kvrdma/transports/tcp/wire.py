@@ -59,9 +59,7 @@ class Greeting:
 
     def encode(self) -> bytes:
         """The bytes that open a stream."""
-        return _GREETING.pack(
-            _MAGIC, VERSION, self.session, self.index, self.count, len(self.ticket), self.ticket
-        )
+        return _GREETING.pack(_MAGIC, VERSION, self.session, self.index, self.count, len(self.ticket), self.ticket)
 
     @classmethod
     def decode(cls, raw: bytes) -> Self:
@@ -103,9 +101,7 @@ class Header:
 
     def encode(self) -> bytes:
         """24 bytes."""
-        return _HEADER.pack(
-            self.frame, self.priority, self.n_regions, self.n_ranges, self.op, self.payload_nbytes
-        )
+        return _HEADER.pack(self.frame, self.priority, self.n_regions, self.n_ranges, self.op, self.payload_nbytes)
 
     @classmethod
     def decode(cls, raw: bytes | bytearray) -> Self:
