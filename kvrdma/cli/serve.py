@@ -1,0 +1,43 @@
+"""`kvrdma serve`: run a pool server until SIGTERM or Ctrl-C."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from typing import Annotated
+
+import typer
+
+from kvrdma.errors import ConfigError
+from kvrdma.server import PoolServer, ServerSettings
+from kvrdma.settings import parse_names, parse_size
+
+
+def serve(
+    host: Annotated[str, typer.Option(help="Address to bind; loopback only for now.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 picks a free one.")] = 7700,
+    capacity: Annotated[str, typer.Option(help="Memory for blocks, such as 64GiB.")] = "1GiB",
+    policy: Annotated[str, typer.Option(help="Eviction policy.")] = "lru",
+    transports: Annotated[str, typer.Option(help="Transports to offer, such as tcp.")] = "tcp",
+) -> None:
+    """Hold blocks for engines, in memory that they read and write through a transport."""
+    try:
+        nbytes = parse_size(capacity)
+    except ValueError as error:
+        raise ConfigError(f"--capacity {capacity!r}: must be {error}") from None
+    settings = ServerSettings(
+        host=host, port=port, capacity=nbytes, policy=policy, transports=parse_names(transports)
+    )
+    asyncio.run(_serve(PoolServer(settings)))
+
+
+async def _serve(server: PoolServer) -> None:
+    await server.start()
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    host, port = server.address
+    print(f"listening on {host}:{port}", file=sys.stderr, flush=True)
+    await server.serve_until(stop)
