@@ -29,7 +29,7 @@ def main() -> None:
     settings = json.loads(sys.stdin.readline())
     size, offsets = settings["nbytes_per_block"], settings["offsets"]
     memory = MemfdSlabs().allocate(max(offsets) + size)
-    view = memoryview(memory.array())
+    view = memory.view()
     with open_transport(settings["transport"], settings["streams"]) as transport:
         region = transport.register(memory)
         exported = transport.export(region, Rights.READ | Rights.WRITE)

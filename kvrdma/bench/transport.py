@@ -102,7 +102,7 @@ class _Target:
     """The passive process."""
 
     def __init__(self, settings: TransportBench, offsets: list[int]) -> None:
-        self._process = subprocess.Popen(  # noqa: S603 - our own module, by our own interpreter
+        self._process = subprocess.Popen(
             [sys.executable, "-m", "kvrdma.bench.target"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         self.hello = self._ask(
@@ -193,7 +193,7 @@ def _open(settings: TransportBench, offsets: np.ndarray) -> Iterator[tuple[_Targ
                 way: TransferBatch(opcode, [region], [remote], rows, offsets, rows, offsets, nbytes)
                 for way, opcode in (("write", Opcode.WRITE), ("read", Opcode.READ))
             }
-            view = memoryview(memory.array())
+            view = memory.view()
             client = PlainClient(sock, [view[o : o + settings.nbytes_per_block] for o in offsets.tolist()])
             with transport.connect(hello["address"], timeout=_TIMEOUT_S) as endpoint:
 

@@ -112,16 +112,24 @@ class CacheIndex:
         """Whether a job of one of these kinds (of any, by default) is not terminal on every rank."""
         return any(not kinds or state.job.kind in kinds for state in self._jobs.values())
 
+    def open_job(self, number: int) -> bool:
+        """Whether a job is not terminal on every rank."""
+        return number in self._jobs
+
     # -- requests
 
-    def lookup(self, request_id: str, keys: Sequence[bytes], first: int, *, ready_only: bool = False) -> Offer:
+    def lookup(
+        self, request_id: str, keys: Sequence[bytes], first: int, *, ready_only: bool = False, counted: bool = True
+    ) -> Offer:
         """How many blocks of `keys[first:]` can be loaded? Call again while the answer is PENDING.
 
         `first` counts the leading blocks that the engine has itself. What is offered is held until
-        `allocated`, `take` or `finished`. With `ready_only` nothing is fetched.
+        `allocated`, `take` or `finished`. With `ready_only` the answer is what is READY now: nothing is
+        begun, and what was begun for the request is not waited for. A lookup that is not `counted` (a
+        prefetch) is left out of the account.
         """
         self._expire()
-        return self._lookups.lookup(request_id, keys, first, ready_only=ready_only)
+        return self._lookups.lookup(request_id, keys, first, ready_only=ready_only, counted=counted)
 
     def allocated(self, request_id: str, blocks: Sequence[int] | Int64s) -> Job | None:
         """The engine takes as many of the offered blocks as it names device blocks for them.

@@ -61,20 +61,24 @@ class Lookups:
     def __len__(self) -> int:
         return len(self._requests)
 
-    def lookup(self, request_id: str, keys: Sequence[bytes], first: int, *, ready_only: bool) -> Offer:
+    def lookup(
+        self, request_id: str, keys: Sequence[bytes], first: int, *, ready_only: bool = False, counted: bool = True
+    ) -> Offer:
         """How many blocks of `keys[first:]` can be loaded?"""
         request = self._requests.get(request_id)
         if request is None or request.phase is Phase.DONE or request.first != first or len(request.keys) != len(keys):
             refused = request is not None and request.refused
             if request is not None:
                 self._end(request)
-            request = self._requests[request_id] = Request(request_id, list(keys), first, refused=refused)
+            request = self._requests[request_id] = Request(
+                request_id, list(keys), first, refused=refused, counted=counted
+            )
         if request.phase is Phase.NEW:
             self._begin(request, ready_only=ready_only)
-        if request.phase is Phase.PROBING and self._clock() >= request.deadline:
+        if request.phase is Phase.PROBING and (ready_only or self._clock() >= request.deadline):
             self._probing.pop(request.probe, None)
             self._decide(request)
-        if request.phase is Phase.WAITING and not request.arriving():
+        if request.phase is Phase.WAITING and (ready_only or not request.arriving()):
             self._offer(request)
         if request.phase is not Phase.OFFERED:
             return Offer(Answer.PENDING, 0)
@@ -258,11 +262,12 @@ class Lookups:
         if request.phase is not Phase.OFFERED:
             rows = range(request.first + len(request.held), len(request.keys))
             request.reasons = [self._explain(request, row) for row in rows]
-        self._metrics.add("lookups")
-        self._metrics.add("looked_up_blocks", request.n_wanted)
-        self._metrics.miss(Reason.UNUSED, len(request.held))
-        for reason in request.reasons:
-            self._metrics.miss(reason)
+        if request.counted:
+            self._metrics.add("lookups")
+            self._metrics.add("looked_up_blocks", request.n_wanted)
+            self._metrics.miss(Reason.UNUSED, len(request.held))
+            for reason in request.reasons:
+                self._metrics.miss(reason)
         self.n_waiting_slots -= len(request.held)
         self._table.unref(request.held)
         request.held = []

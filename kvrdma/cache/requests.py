@@ -42,6 +42,7 @@ class Request:
     request_id: str
     keys: list[bytes]
     first: int
+    counted: bool = True  # whether its blocks enter the account (those of a prefetch do not)
     refused: bool = False  # a load of it failed: nothing is offered any more
     phase: Phase = Phase.NEW
     probe: int = 0

@@ -48,9 +48,7 @@ def transport(
         transient=True,
     ) as progress:
         task = progress.add_task("starting", total=settings.n_steps)
-        result = run_transport_bench(
-            settings, on_step=lambda what: progress.update(task, advance=1, description=what)
-        )
+        result = run_transport_bench(settings, on_step=lambda what: progress.update(task, advance=1, description=what))
     if as_json:
         typer.echo(json.dumps(result.to_json()))
     else:

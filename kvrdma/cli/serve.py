@@ -26,9 +26,7 @@ def serve(
         nbytes = parse_size(capacity)
     except ValueError as error:
         raise ConfigError(f"--capacity {capacity!r}: must be {error}") from None
-    settings = ServerSettings(
-        host=host, port=port, capacity=nbytes, policy=policy, transports=parse_names(transports)
-    )
+    settings = ServerSettings(host=host, port=port, capacity=nbytes, policy=policy, transports=parse_names(transports))
     asyncio.run(_serve(PoolServer(settings)))
 
 

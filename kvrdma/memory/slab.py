@@ -51,6 +51,10 @@ class Memory:
             raise RegionError("memory: the buffer is read-only; a writable one is needed")
         return cls(array.ctypes.data, array.nbytes, keepalive=array)
 
+    def view(self) -> memoryview:
+        """The bytes as a writable memoryview, without a copy. Valid as long as this object is."""
+        return memoryview((ctypes.c_uint8 * self.nbytes).from_address(self.address)).cast("B")
+
     def array(self) -> NDArray[np.uint8]:
         """The bytes as uint8[nbytes], without a copy. Valid as long as this object is."""
         return bytes_at(self.address, self.nbytes)
