@@ -112,6 +112,11 @@ class CacheIndex:
         """Whether a job of one of these kinds (of any, by default) is not terminal on every rank."""
         return any(not kinds or state.job.kind in kinds for state in self._jobs.values())
 
+    @property
+    def has_output(self) -> bool:
+        """Whether jobs wait to be taken."""
+        return bool(self._jobs_out)
+
     def open_job(self, number: int) -> bool:
         """Whether a job is not terminal on every rank."""
         return number in self._jobs

@@ -1,0 +1,1 @@
+"""Connectors: thin adapters between engines and the cache."""

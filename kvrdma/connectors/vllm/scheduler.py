@@ -1,0 +1,300 @@
+"""The scheduler half: the index, asked on the engine's one scheduler thread. No I/O here, and no wait."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from kvrdma.backends import open_backend
+from kvrdma.backends.breaker import BreakerBackend
+from kvrdma.cache import Answer, CacheIndex, IndexOptions, JobKind, Prober
+from kvrdma.connectors.vllm.identity import make_extras, make_keyspace, make_shards, new_epoch
+from kvrdma.connectors.vllm.metadata import RankReports, StepJobs
+from kvrdma.connectors.vllm.worker import slots_per_rank
+from kvrdma.errors import ConfigError
+from kvrdma.keys import KeyChain, KeySpace
+from kvrdma.policies import offload_policies, policies
+from kvrdma.settings import Settings
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.request import Request
+
+logger = logging.getLogger(__name__)
+
+HASH_BUDGET_S: Final = 0.0009  # of hashing a scheduler step; the rest is hashed in the next steps
+REPORT_PARAM: Final = "kvrdma.report"
+
+
+@dataclass(slots=True, eq=False)
+class _Request:
+    """What the connector knows of a request: its keys, and how far its blocks are saved."""
+
+    request: Request
+    chain: KeyChain | None  # None: it cannot be told from others, so nothing of it is cached
+    first: int = 0
+    saved: int = 0
+    may_save: bool = True
+    n_offered: int = 0
+    n_loaded: int = 0
+
+
+class SchedulerHalf:
+    """Lookup, load, save and their bookkeeping, as vLLM's scheduler asks for them."""
+
+    def __init__(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, settings: Settings) -> None:
+        shards = make_shards(vllm_config, kv_cache_config)
+        self._settings = settings
+        self._keyspace = make_keyspace(vllm_config, kv_cache_config, settings)
+        self._block_tokens = self._keyspace.block_tokens
+        n_slots = slots_per_rank(settings, kv_cache_config, len(shards))
+        self._index = CacheIndex(
+            n_slots,
+            policies.get(settings.policy)(n_slots),
+            offload_policies.get(settings.offload)(),
+            IndexOptions(
+                ranks=len(shards),
+                has_l2=bool(settings.l2),
+                lookup_timeout_s=settings.lookup_timeout,
+                fetch_timeout_s=settings.fetch_timeout,
+                put_timeout_s=settings.put_timeout,
+                waiting_share=settings.waiting_share,
+            ),
+        )
+        self._prober: Prober | None = None
+        if settings.l2:
+            backend = BreakerBackend(open_backend(settings.l2, settings))
+            backend.use_keyspace(self._keyspace)
+            self._prober = Prober(backend, shards, timeout=settings.lookup_timeout)
+            self._backend = backend
+        self._requests: dict[str, _Request] = {}
+        self._block_pool: BlockPool | None = None
+        self._save_limit = int(settings.save_share * kv_cache_config.num_blocks)
+        self._held: dict[int, list[int]] = {}  # SAVE job -> device blocks that we reference
+        self._n_held = 0
+        self._loads: dict[int, str] = {}
+        self._step = StepJobs(keyspace=self._keyspace)
+        self._hash_budget_s = HASH_BUDGET_S
+        logger.info(
+            "kvrdma: %d slots on each of %d ranks, key space %s of %s, L2 %s",
+            n_slots,
+            len(shards),
+            self._keyspace.digest.hex()[:16],
+            self._keyspace.model,
+            settings.l2 or "none",
+        )
+
+    @property
+    def keyspace(self) -> KeySpace:
+        """The key space of what is saved now."""
+        return self._keyspace
+
+    def bind_block_pool(self, pool: BlockPool) -> None:
+        """Take the engine's block pool, whose references keep the source blocks of saves."""
+        self._block_pool = pool
+
+    # -- lookup and load
+
+    def matched(self, request: Request, n_computed: int) -> int | None:
+        """How many tokens beyond `n_computed` can be loaded; None: not yet known, ask again."""
+        state = self._state(request)
+        first = n_computed // self._block_tokens
+        last = (request.num_tokens - 1) // self._block_tokens
+        state.first, state.saved, state.n_offered, state.n_loaded = first, 0, 0, 0
+        if state.chain is None or last <= first or request.skip_reading_prefix_cache:
+            self._check_may_save(state)
+            return 0
+        if not self._hash(state):
+            return None
+        self._check_may_save(state)
+        self._carry()
+        offer = self._index.lookup(request.request_id, state.chain.keys[:last], first)
+        if self._prober is not None:
+            self._prober.submit(self._index.take_probes())
+        if offer.answer is Answer.PENDING:
+            return None
+        state.n_offered = offer.n_blocks
+        return offer.n_blocks * self._block_tokens
+
+    def allocated(self, request: Request, blocks: KVCacheBlocks, n_external: int) -> None:
+        """The engine has made room for `n_external` tokens of what was offered, or for none of it."""
+        state = self._requests.get(request.request_id)
+        if state is None:
+            return
+        n = n_external // self._block_tokens
+        ids = blocks.get_block_ids()[0][state.first : state.first + n] if n else []
+        job = self._index.allocated(request.request_id, ids)
+        if job is not None:
+            state.n_loaded = n
+            self._loads[job.number] = request.request_id
+            self._step.loads[job.number] = request.request_id
+
+    def load_not_planned(self, request_id: str) -> None:
+        """A load was promised and cannot be planned: have the workers report it failed, so that nobody waits."""
+        self._index.refuse(request_id)
+        self._step.failed_loads.append(request_id)
+
+    # -- the step
+
+    def build_step(self, output: SchedulerOutput) -> StepJobs:
+        """Plan the saves of this step's tokens; give every job that is due."""
+        self._hash_budget_s = HASH_BUDGET_S
+        self._carry()
+        for new in output.scheduled_new_reqs:
+            self._plan_save(output, new.req_id, new.num_computed_tokens)
+        cached = output.scheduled_cached_reqs
+        for request_id, n_computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
+            self._plan_save(output, request_id, n_computed)
+        step, self._step = self._step, StepJobs()
+        step.jobs = self._index.take_jobs()
+        return step
+
+    def on_reports(self, reports: RankReports) -> None:
+        """Take what the ranks have done."""
+        for report in reports.reports:
+            if self._index.on_report(report):
+                self._let_go(report.number)
+                request_id = self._loads.pop(report.number, None)
+                if request_id is not None and (report.status != 0).any():
+                    self._index.refuse(request_id)
+
+    def finished(self, request: Request) -> dict[str, Any] | None:
+        """The request has ended; what to tell whoever asked for a report."""
+        state = self._requests.pop(request.request_id, None)
+        self._index.finished(request.request_id)
+        params = request.kv_transfer_params
+        if state is None or not isinstance(params, dict) or not params.get(REPORT_PARAM):
+            return None
+        return {
+            "kvrdma.offered_tokens": state.n_offered * self._block_tokens,
+            "kvrdma.loaded_tokens": state.n_loaded * self._block_tokens,
+            "kvrdma.stats": self._index.stats(),
+        }
+
+    def pending_work(self) -> bool:
+        """Whether the engine must keep stepping: blocks are referenced, or work waits to be handed over."""
+        return bool(self._held) or self._index.has_output
+
+    def holds_blocks(self) -> bool:
+        """Whether saves under way will free device blocks."""
+        return bool(self._held)
+
+    def reset(self) -> None:
+        """The weights have changed: nothing that was cached holds any more."""
+        self._keyspace = dataclasses.replace(self._keyspace, epoch=new_epoch())
+        self._index.reset()
+        self._loads.clear()
+        self._step.keyspace = self._keyspace
+        if self._prober is not None:
+            self._prober.use_keyspace(self._keyspace)
+        for state in self._requests.values():
+            state.chain = self._chain(state.request)
+            state.may_save = False
+            state.saved = 0
+        logger.info("kvrdma: reset; key space %s from now on", self._keyspace.digest.hex()[:16])
+
+    def close(self) -> None:
+        """End the prober and its connection."""
+        if self._prober is not None:
+            self._prober.close()
+            self._backend.close()
+            self._prober = None
+
+    # -- inside
+
+    def _state(self, request: Request) -> _Request:
+        state = self._requests.get(request.request_id)
+        if state is None:
+            state = self._requests[request.request_id] = _Request(request, self._chain(request))
+        return state
+
+    def _chain(self, request: Request) -> KeyChain | None:
+        try:
+            return KeyChain(self._keyspace, extras=make_extras(request, self._block_tokens))
+        except ConfigError as error:
+            logger.warning("kvrdma: nothing of request %s is cached: %s", request.request_id, error)
+            return None
+
+    def _hash(self, state: _Request) -> bool:
+        """Hash within the step's budget; True once every full block of the prompt has its key."""
+        assert state.chain is not None
+        before = len(state.chain)
+        tokens = state.request.all_token_ids
+        wanted = len(tokens) // self._block_tokens
+        if before >= wanted:
+            return True
+        if self._hash_budget_s <= 0:
+            return False
+        started = time.perf_counter()
+        done = state.chain.advance(tokens, budget_s=self._hash_budget_s)
+        self._hash_budget_s -= time.perf_counter() - started
+        return done
+
+    def _carry(self) -> None:
+        if self._prober is not None:
+            for answer in self._prober.poll():
+                self._index.on_probe(answer)
+            self._prober.submit(self._index.take_probes())
+
+    def _check_may_save(self, state: _Request) -> None:
+        """After a reset a request may save only what it computes from token 0 under the new epoch.
+
+        vLLM resets its own blocks before it tells us, but may fail to: local blocks that were not saved
+        under this epoch could hold the old weights' KV, and so would all that is computed on top of them.
+        """
+        if state.may_save or state.chain is None:
+            return
+        keys = state.chain.keys[: state.first]
+        state.may_save = len(keys) == state.first and not self._index.missing(keys)
+
+    def _plan_save(self, output: SchedulerOutput, request_id: str, n_computed: int) -> None:
+        """Save the prompt's blocks that are full once this step's tokens are computed."""
+        state = self._requests.get(request_id)
+        block_state = output.kv_connector_block_state
+        if (
+            state is None
+            or state.chain is None
+            or not state.may_save
+            or block_state is None
+            or self._block_pool is None
+        ):
+            return
+        n_tokens = min(n_computed + output.num_scheduled_tokens[request_id], state.request.num_prompt_tokens)
+        full = min(n_tokens // self._block_tokens, len(state.chain))
+        if full <= state.saved:
+            return
+        keys = state.chain.keys
+        rows = [state.saved + i for i in self._index.missing(keys[state.saved : full])]
+        room = max(0, self._save_limit - self._n_held)
+        if len(rows) > room:  # the rest is tried again in the next step, while the request lives
+            self._index.metrics.add("save_deferred_blocks", len(rows) - room)
+            full = rows[room]
+            rows = rows[:room]
+        state.saved = full
+        table = block_state.get_block_ids(request_id)
+        if not rows or table is None:
+            return
+        blocks = [table[0][row] for row in rows]
+        job = self._index.save(
+            [keys[row] for row in rows], blocks, parents=[keys[row - 1] if row else None for row in rows]
+        )
+        if job is not None:
+            held = job.blocks.tolist()
+            self._block_pool.touch([self._block_pool.blocks[block] for block in held])
+            self._held[job.number] = held
+            self._n_held += len(held)
+
+    def _let_go(self, job: int) -> None:
+        """A gather is terminal on every rank: the engine may have its blocks back."""
+        held = self._held.pop(job, None)
+        if held is not None and self._block_pool is not None:
+            self._n_held -= len(held)
+            # The tail first, as vLLM does it, so that the shared prefix is evicted last.
+            self._block_pool.free_blocks(self._block_pool.blocks[block] for block in reversed(held))

@@ -1,0 +1,164 @@
+"""The worker half: an agent on one rank's memory. Hooks run on the worker's main thread and only enqueue."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kvrdma.backends import open_backend
+from kvrdma.backends.breaker import BreakerBackend
+from kvrdma.cache import BlockStatus, Job, JobKind, JobReport, TransferAgent
+from kvrdma.connectors.vllm.identity import block_nbytes, layer_attention, make_shards
+from kvrdma.connectors.vllm.layout import make_layout
+from kvrdma.connectors.vllm.metadata import RankReports, StepJobs
+from kvrdma.errors import ConfigError
+from kvrdma.memory import BlockCopier, CpuCopier, PinnedPool
+from kvrdma.settings import Settings
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+logger = logging.getLogger(__name__)
+
+
+def slots_per_rank(settings: Settings, kv_cache_config: KVCacheConfig, world: int) -> int:
+    """How many slots each rank has: `l1_bytes` is of the whole engine. Raises `ConfigError` where none fits."""
+    n = settings.l1_bytes // (world * block_nbytes(kv_cache_config))
+    if n < 1:
+        raise ConfigError(
+            f"l1_bytes={settings.l1_bytes}: less than one block of {block_nbytes(kv_cache_config)} bytes on each of "
+            f"{world} ranks"
+        )
+    return n
+
+
+class WorkerHalf:
+    """Registers the rank's KV cache, does the jobs that each step brings, and reports them."""
+
+    def __init__(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, settings: Settings) -> None:
+        self._vllm_config = vllm_config
+        self._kv_cache_config = kv_cache_config
+        self._settings = settings
+        self._rank = 0
+        self._attention: set[str] = set()
+        self._agent: TransferAgent | None = None
+        self._pool: PinnedPool | None = None
+        self._copier: BlockCopier | None = None
+        self._backend: BreakerBackend | None = None
+        self._refused = ""  # why no job is done: set where the cache could be wrong
+        self._loads: dict[int, str] = {}
+        self._begun: StepJobs | None = None
+        self._reports: list[JobReport] = []
+        self._failed_loads: list[str] = []
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """Map the rank's blocks and make its pool. Errors here end the start, before anything is served."""
+        shards = make_shards(self._vllm_config, self._kv_cache_config)
+        if len(shards) > 1:
+            from vllm.distributed.parallel_state import get_tp_group
+
+            self._rank = int(get_tp_group().rank_in_group)
+        layout = make_layout(self._kv_cache_config, kv_caches)
+        n_slots = slots_per_rank(self._settings, self._kv_cache_config, len(shards))
+        self._attention = layer_attention(self._vllm_config, [run.name for run in layout.runs])
+        self._pool = PinnedPool(layout.nbytes, n_slots)
+        self._copier = make_copier(layout.device)
+        self._copier.register(layout, self._pool)
+        if self._settings.l2:
+            self._backend = BreakerBackend(open_backend(self._settings.l2, self._settings))
+        self._agent = TransferAgent(
+            self._pool, shards[self._rank], rank=self._rank, backend=self._backend, copier=self._copier
+        )
+        logger.info(
+            "kvrdma rank %d: %d slots of %d bytes, L2 %s",
+            self._rank,
+            n_slots,
+            layout.nbytes,
+            self._settings.l2 or "none",
+        )
+
+    def begin(self, step: StepJobs) -> None:
+        """Begin what the step brings, but for saves. Once a step, however often it is called."""
+        if self._begun is step:
+            return
+        self._begun = step
+        self._learn(step)
+        self._submit([job for job in step.jobs if job.kind is not JobKind.SAVE])
+
+    def begin_saves(self, step: StepJobs) -> None:
+        """Begin the step's saves: the forward that fills their blocks has been launched."""
+        self.begin(step)
+        self._submit([job for job in step.jobs if job.kind is JobKind.SAVE])
+
+    def results(self) -> tuple[set[str], set[str]]:
+        """Requests whose loads have ended, and those of them that failed; each once."""
+        finished, failed = set(self._failed_loads), set(self._failed_loads)
+        self._failed_loads = []
+        for report in self._agent.poll() if self._agent is not None else ():
+            self._reports.append(report)
+            request_id = self._loads.pop(report.number, None) if report.terminal else None
+            if request_id is not None:
+                finished.add(request_id)
+                if (report.status != BlockStatus.OK).any():
+                    failed.add(request_id)
+        return finished, failed
+
+    def reports(self) -> RankReports | None:
+        """What was done since the last step."""
+        if not self._reports:
+            return None
+        reports, self._reports = self._reports, []
+        return RankReports(reports)
+
+    def shutdown(self) -> None:
+        """Let transfers end, within bounds, and give everything back."""
+        if self._agent is not None and self._agent.close():
+            if self._backend is not None:
+                self._backend.close()
+            if self._copier is not None:
+                self._copier.close()
+            if self._pool is not None:
+                self._pool.close()
+        self._agent = None
+
+    def _learn(self, step: StepJobs) -> None:
+        self._loads.update(step.loads)
+        self._failed_loads += step.failed_loads
+        if step.keyspace is not None and self._agent is not None:
+            backend = step.keyspace.attention.split("/")[0]
+            if self._attention != {backend}:
+                self._refused = f"the layers use {sorted(self._attention)}, the scheduler expected {backend}"
+                logger.error("kvrdma saves and loads nothing: %s", self._refused)
+            self._agent.use_keyspace(step.keyspace)
+
+    def _submit(self, jobs: list[Job]) -> None:
+        if not jobs:
+            return
+        if self._agent is None or self._copier is None or self._refused:
+            for job in jobs:
+                self._fail(job)
+            return
+        needs_fence = any(job.kind in {JobKind.SAVE, JobKind.LOAD} for job in jobs)
+        self._agent.submit(jobs, fence=self._copier.fence() if needs_fence else None)
+
+    def _fail(self, job: Job) -> None:
+        status = np.full(len(job), BlockStatus.FAILED, dtype=np.uint8)
+        self._reports.append(JobReport(job.number, self._rank, status, terminal=True))
+        request_id = self._loads.pop(job.number, None)
+        if request_id is not None:
+            self._failed_loads.append(request_id)
+
+
+def make_copier(device: str) -> Any:
+    """The copier for a device, by torch's name for it; raises `ConfigError` where there is none."""
+    if device == "cpu":
+        return CpuCopier()
+    if device.startswith("cuda"):
+        from kvrdma.memory.cuda import CudaCopier
+
+        return CudaCopier(device)
+    raise ConfigError(f"kvrdma: KV caches on {device} are not supported; cpu and cuda are")
