@@ -214,8 +214,9 @@ class CacheIndex:
 
     def forget(self, keys: Sequence[bytes]) -> int:
         """Drop keys from L1; how many were there."""
-        slots = [slot for key in keys if (slot := self._table.get(key)) is not None]
+        slots = [slot for key in dict.fromkeys(keys) if (slot := self._table.get(key)) is not None]
         for slot in slots:
+            self._lookups.on_lost(slot.key, Reason.NOT_THERE)
             self._table.make_zombie(slot)
         return len(slots)
 

@@ -56,7 +56,7 @@ class Lookups:
         self._requests: dict[str, Request] = {}
         self._probing: dict[int, Request] = {}
         self._probes_out: list[Probe] = []
-        self.n_waiting_slots = 0  # what requests hold that were not allocated yet
+        self.n_waiting_slots = 0  # slots that requests hold and were not allocated yet
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -92,7 +92,7 @@ class Lookups:
         if not 0 <= n_blocks <= len(request.held):
             raise AssertionError(f"{request_id}: {n_blocks} blocks taken, {len(request.held)} were offered")
         taken = request.held[:n_blocks]
-        self.n_waiting_slots -= n_blocks
+        self._uncount(taken)
         request.held = request.held[n_blocks:]
         self._end(request)
         return taken
@@ -108,6 +108,8 @@ class Lookups:
         request = self._requests.get(request_id)
         if request is not None:
             request.refused = True
+            if request.phase is not Phase.OFFERED:  # what was promised stays so until the engine takes it or not
+                self._let_go_held(request)
 
     def clear(self) -> None:
         """End every request."""
@@ -191,16 +193,17 @@ class Lookups:
         return fetch[:room]
 
     def _offer(self, request: Request) -> None:
-        if not request.refused:
-            self._hold_run(request, self._ready_run(request))
+        self._hold_run(request, self._ready_run(request))
         first_missing = request.first + len(request.held)
         request.reasons = [self._explain(request, row) for row in range(first_missing, len(request.keys))]
         self._stop_waiting(request)
         request.phase = Phase.OFFERED
 
     def _ready_run(self, request: Request) -> int:
-        """How many blocks from `first` on are READY."""
+        """How many blocks from `first` on are READY, and may be offered."""
         run = len(request.held)
+        if request.refused:
+            return run
         for key in request.keys[request.first + run :]:
             slot = self._table.get(key)
             if slot is None or slot.state is not SlotState.READY:
@@ -212,20 +215,35 @@ class Lookups:
         for key in request.keys[request.first + len(request.held) : request.first + run]:
             slot = self._table.get(key)
             assert slot is not None
-            self._table.ref(slot)
+            self._hold(slot)
             request.held.append(slot)
-            self.n_waiting_slots += 1
 
     def _wait_for(self, request: Request, waits: Sequence[tuple[int, Slot]] | zip[tuple[int, Slot]]) -> None:
         for row, slot in waits:
-            self._table.ref(slot)
+            self._hold(slot)
             request.waits_for[slot.key] = (row, slot)
-            self.n_waiting_slots += 1
 
     def _stop_waiting(self, request: Request) -> None:
-        self.n_waiting_slots -= len(request.waits_for)
-        self._table.unref(slot for _, slot in request.waits_for.values())
+        slots = [slot for _, slot in request.waits_for.values()]
         request.waits_for = {}
+        self._uncount(slots)
+        self._table.unref(slots)
+
+    def _let_go_held(self, request: Request) -> None:
+        slots, request.held = request.held, []
+        self._uncount(slots)
+        self._table.unref(slots)
+
+    def _hold(self, slot: Slot) -> None:
+        """Reference a slot for a waiting request. Those of many requests with one prefix hold no more slots."""
+        self._table.ref(slot)
+        slot.waiters += 1
+        self.n_waiting_slots += slot.waiters == 1
+
+    def _uncount(self, slots: Sequence[Slot]) -> None:
+        for slot in slots:
+            slot.waiters -= 1
+            self.n_waiting_slots -= slot.waiters == 0
 
     # -- the account
 
@@ -259,17 +277,17 @@ class Lookups:
         if request.phase is Phase.DONE:
             return
         self._probing.pop(request.probe, None)
+        unused = len(request.held)
         if request.phase is not Phase.OFFERED:
-            rows = range(request.first + len(request.held), len(request.keys))
+            unused = self._ready_run(request)
+            rows = range(request.first + unused, len(request.keys))
             request.reasons = [self._explain(request, row) for row in rows]
         if request.counted:
             self._metrics.add("lookups")
             self._metrics.add("looked_up_blocks", request.n_wanted)
-            self._metrics.miss(Reason.UNUSED, len(request.held))
+            self._metrics.miss(Reason.UNUSED, unused)
             for reason in request.reasons:
                 self._metrics.miss(reason)
-        self.n_waiting_slots -= len(request.held)
-        self._table.unref(request.held)
-        request.held = []
+        self._let_go_held(request)
         self._stop_waiting(request)
         request.phase = Phase.DONE

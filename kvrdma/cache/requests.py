@@ -61,8 +61,9 @@ class Request:
         return len(self.keys) - self.first
 
     def arriving(self) -> bool:
-        """Whether a block that it waits for is still being fetched."""
-        return any(slot.state is SlotState.FETCHING for _, slot in self.waits_for.values())
+        """Whether a block is still being fetched that can lengthen the offer: not one behind a block that is lost."""
+        end = min((*self.failures, *self.refusals), default=len(self.keys))
+        return any(slot.state is SlotState.FETCHING and row < end for row, slot in self.waits_for.values())
 
     def in_l2(self, row: int) -> bool:
         """Whether L2 says it has the block of a row."""

@@ -41,6 +41,7 @@ class Slot:
     parent: bytes | None = None
     cost: float = 1.0
     refs: int = 0
+    waiters: int = 0  # of the references, those of requests that were not allocated yet
     offloaded: bool = False  # L2 has it, or a put of it is under way
 
 
