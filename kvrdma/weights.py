@@ -98,11 +98,11 @@ def _digest(fd: int, ranges: Iterable[tuple[int, int]], size: int) -> bytes:
     hasher = hashlib.blake2b(digest_size=32)
     hasher.update(size.to_bytes(8, "little"))
     for offset, nbytes in ranges:
-        end = offset + nbytes
-        while offset < end:
-            chunk = os.pread(fd, min(_CHUNK, end - offset), offset)
+        at, end = offset, offset + nbytes
+        while at < end:
+            chunk = os.pread(fd, min(_CHUNK, end - at), at)
             if not chunk:
                 raise ConfigError("a weights file became shorter while it was read")
             hasher.update(chunk)
-            offset += len(chunk)
+            at += len(chunk)
     return hasher.digest()

@@ -58,7 +58,7 @@ def guarded(default: Any = None) -> Callable[[F], F]:
     return wrap
 
 
-class KVRDMAConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vllm ships no types
+class KVRDMAConnector(KVConnectorBase_V1):
     """Offloads KV blocks into a pinned CPU cache and an L2 store, and loads them instead of computing them.
 
     Raises (at start only):
@@ -74,6 +74,7 @@ class KVRDMAConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vllm ships n
     ) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         assert kv_cache_config is not None
+        log_with_vllm()
         transfer = vllm_config.kv_transfer_config
         settings = Settings.read(dict(transfer.kv_connector_extra_config), where="kv_connector_extra_config")
         check_l2(settings)
@@ -200,6 +201,16 @@ class KVRDMAConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vllm ships n
         if self._scheduler is not None:
             self._scheduler.reset()
         return True
+
+
+def log_with_vllm() -> None:
+    """Let kvrdma's log lines go where vLLM's go; a handler that the user has set wins."""
+    ours, theirs = logging.getLogger("kvrdma"), logging.getLogger("vllm")
+    if not ours.handlers:
+        for handler in theirs.handlers:
+            ours.addHandler(handler)
+        ours.setLevel(theirs.level)
+        ours.propagate = not theirs.handlers
 
 
 def check_l2(settings: Settings) -> None:

@@ -91,7 +91,7 @@ def make_shards(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> list
     total = int(vllm_config.model_config.get_total_num_kv_heads())
     if tp > 1 and heads * tp != total:
         raise ConfigError(
-            f"kvrdma: {total} KV heads on {tp} ranks are replicated or uneven; such shards are planned but not built yet"
+            f"kvrdma: {total} KV heads on {tp} ranks are replicated or uneven; that is planned, not built yet"
         )
     n_layers = len(kv_cache_config.kv_cache_groups[0].layer_names)
     return [Shard(0, 0, n_layers, rank * heads, (rank + 1) * heads) for rank in range(tp)]

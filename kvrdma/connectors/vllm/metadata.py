@@ -11,7 +11,7 @@ from kvrdma.keys import KeySpace
 
 
 @dataclass(slots=True)
-class StepJobs(KVConnectorMetadata):  # type: ignore[misc]  # vllm ships no types
+class StepJobs(KVConnectorMetadata):
     """The scheduler half's jobs for every rank. `keyspace` comes with the first step and after each change.
 
     `loads` says which request each LOAD job is for; `failed_loads` are requests that wait for a load which
@@ -25,7 +25,7 @@ class StepJobs(KVConnectorMetadata):  # type: ignore[misc]  # vllm ships no type
 
 
 @dataclass(slots=True)
-class RankReports(KVConnectorWorkerMetadata):  # type: ignore[misc]  # vllm ships no types
+class RankReports(KVConnectorWorkerMetadata):
     """What the ranks have done since the last step."""
 
     reports: list[JobReport]

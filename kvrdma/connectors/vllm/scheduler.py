@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from kvrdma.backends import open_backend
 from kvrdma.backends.breaker import BreakerBackend
-from kvrdma.cache import Answer, CacheIndex, IndexOptions, JobKind, Prober
-from kvrdma.connectors.vllm.identity import make_extras, make_keyspace, make_shards, new_epoch
+from kvrdma.cache import Answer, CacheIndex, IndexOptions, Prober
+from kvrdma.connectors.vllm.identity import block_nbytes, make_extras, make_keyspace, make_shards, new_epoch
 from kvrdma.connectors.vllm.metadata import RankReports, StepJobs
 from kvrdma.connectors.vllm.worker import slots_per_rank
 from kvrdma.errors import ConfigError
@@ -54,6 +54,7 @@ class SchedulerHalf:
         self._settings = settings
         self._keyspace = make_keyspace(vllm_config, kv_cache_config, settings)
         self._block_tokens = self._keyspace.block_tokens
+        self._nbytes = block_nbytes(kv_cache_config) * len(shards)  # of a block on all ranks
         n_slots = slots_per_rank(settings, kv_cache_config, len(shards))
         self._index = CacheIndex(
             n_slots,
@@ -175,6 +176,7 @@ class SchedulerHalf:
         return {
             "kvrdma.offered_tokens": state.n_offered * self._block_tokens,
             "kvrdma.loaded_tokens": state.n_loaded * self._block_tokens,
+            "kvrdma.loaded_bytes": state.n_loaded * self._nbytes,
             "kvrdma.stats": self._index.stats(),
         }
 
