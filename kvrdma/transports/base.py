@@ -7,19 +7,22 @@ transfer is terminal. No order is promised between ranges or between transfers.
 
 from __future__ import annotations
 
+import logging
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum, Flag, IntEnum, auto
 from types import TracebackType
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
 from kvrdma.errors import ClosedError, DeadlineError, KVRDMAError, RegionError
 from kvrdma.layout import Bitmap, Int64s
 from kvrdma.memory import Lease, Memory
+
+logger = logging.getLogger(__name__)
 
 
 class Opcode(Enum):
@@ -107,10 +110,10 @@ class TransferBatch:
                 raise RegionError(f"batch: a {side} row names none of the {len(sizes)} {side} regions")
             outside = np.flatnonzero((offsets < 0) | (offsets > sizes[rows] - self.nbytes))
             if outside.size:
-                i = outside[0]
+                i = int(outside[0])
+                first, nbytes = int(offsets[i]), int(self.nbytes[i])
                 raise RegionError(
-                    f"batch: range {i} is bytes {offsets[i]}..{offsets[i] + self.nbytes[i]} of a {side} "
-                    f"region of {sizes[rows[i]]} bytes"
+                    f"batch: range {i} is bytes {first}..{first + nbytes} of a {side} region of {sizes[rows[i]]} bytes"
                 )
 
     def __len__(self) -> int:
@@ -134,6 +137,7 @@ class Transfer:
         self._hold = None if hold is None else hold.retain()
         self._on_cancel = on_cancel
         self._guard = threading.Lock()
+        self._finished = False
         self._terminal = threading.Event()
         self._callbacks: list[Callable[[Transfer], None]] = []
 
@@ -167,20 +171,27 @@ class Transfer:
             self._on_cancel()
 
     def finish(self, ok: Bitmap | None = None, error: KVRDMAError | None = None) -> None:
-        """Make it terminal. For whoever made the transfer; once."""
+        """Make it terminal. For whoever made the transfer; once.
+
+        The hold is let go first: whoever returns from `result` may count on that.
+        """
         with self._guard:
-            if self._terminal.is_set():
+            if self._finished:
                 raise AssertionError("transfer: finished twice")
+            self._finished = True
             if ok is not None:
                 self.ok = ok
             self.error = error
-            callbacks, self._callbacks = self._callbacks, []
             hold, self._hold = self._hold, None
-            self._terminal.set()
-        if hold is not None:
-            hold.release()
-        for callback in callbacks:
-            callback(self)
+        try:
+            if hold is not None:
+                hold.release()
+        finally:
+            with self._guard:
+                callbacks, self._callbacks = self._callbacks, []
+                self._terminal.set()
+            for callback in callbacks:
+                call_guarded(callback, self)
 
 
 class Endpoint(ABC):
@@ -314,6 +325,14 @@ class Transport(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def call_guarded(callback: Callable[..., None], *args: Any) -> None:
+    """Call a user's callback on a transport's thread, where an exception would hit whoever comes next."""
+    try:
+        callback(*args)
+    except Exception:
+        logger.exception("a callback failed: %r", callback)
 
 
 def check_open(closed: bool, what: str) -> None:

@@ -25,9 +25,10 @@ from kvrdma.transports.base import (
     Transfer,
     TransferBatch,
     Transport,
+    call_guarded,
     check_open,
 )
-from kvrdma.transports.regions import RangeStatus, RegionTable, explain
+from kvrdma.transports.regions import TOKEN_NBYTES, RangeStatus, RegionTable, explain
 
 _listeners: dict[str, InprocListener] = {}
 _guard = threading.Lock()
@@ -41,7 +42,7 @@ class InprocTransport(Transport):
 
     def __init__(self) -> None:
         self.table = RegionTable(self.scheme)
-        self._open: list[Endpoint | Listener] = []
+        self._open: set[Endpoint | Listener] = set()
         self._closed = False
 
     def register(self, memory: Memory) -> MemoryRegion:
@@ -70,8 +71,8 @@ class InprocTransport(Transport):
         here = InprocEndpoint(self.table, listener.transport.table, peer=address, ticket=ticket)
         there = InprocEndpoint(listener.transport.table, self.table, peer=f"peer of {address}", ticket=ticket)
         here.join(there)
-        self._open.append(here)
-        listener.transport._open.append(there)
+        self.adopt(here)
+        listener.transport.adopt(there)
         listener.admit(there)
         return here
 
@@ -83,14 +84,21 @@ class InprocTransport(Transport):
             if listener.contact_address in _listeners:
                 raise TransportError(f"inproc: {address!r} is taken")
             _listeners[listener.contact_address] = listener
-        self._open.append(listener)
+        self._open.add(listener)
         return listener
+
+    def adopt(self, endpoint: Endpoint) -> None:
+        """Keep an endpoint until it ends, so that `close` can abort it."""
+        self._open.add(endpoint)
+        endpoint.add_close_callback(lambda: self._open.discard(endpoint))
+        if self._closed:
+            endpoint.abort()
 
     def close(self) -> None:
         """Abort every endpoint."""
         if not self._closed:
             self._closed = True
-            for part in self._open:
+            for part in list(self._open):
                 part.abort() if isinstance(part, Endpoint) else part.close()
 
     @classmethod
@@ -129,6 +137,7 @@ class InprocListener(Listener):
         except queue.Empty:
             raise DeadlineError(f"inproc: nobody connected to {self._name!r} within {timeout} s") from None
         if endpoint is None:
+            self._ready.put(None)  # for the next one who waits
             raise ClosedError("inproc listener: closed")
         return endpoint
 
@@ -207,7 +216,7 @@ class InprocEndpoint(Endpoint):
         """Queue a batch; returns at once."""
         self._table.check(batch.local)
         for remote in batch.remote:
-            if remote.scheme != InprocTransport.scheme:
+            if remote.scheme != InprocTransport.scheme or len(remote.token) != TOKEN_NBYTES:
                 raise RegionError(f"inproc: a remote region of scheme {remote.scheme!r} cannot be used here")
         deadline = None if timeout is None else time.monotonic() + timeout
         with self._guard:
@@ -242,7 +251,7 @@ class InprocEndpoint(Endpoint):
         for transfer in list(self._posted):
             self._finish(transfer, None, ClosedError(f"inproc endpoint to {self._peer}: aborted"))
         for callback in callbacks:
-            callback()
+            call_guarded(callback)
 
     def _run(self) -> None:
         while True:
@@ -266,15 +275,18 @@ class InprocEndpoint(Endpoint):
             need,
         )
         ok = status == RangeStatus.OK
+        error: KVRDMAError | None = None
+        refused = status[status != RangeStatus.OK]
+        if refused.size:
+            error = RegionError(f"inproc: {explain(int(refused[0]))}")
         for i in np.flatnonzero(ok):
             if self._stop.is_set():
                 ok[i:] = False
+                error = ClosedError(f"inproc endpoint to {self._peer}: aborted")
                 break
             local = batch.local[batch.local_rows[i]].memory.address + int(batch.local_offsets[i])
             source, target = (int(remote[i]), local) if batch.opcode is Opcode.READ else (local, int(remote[i]))
             ctypes.memmove(target, source, int(batch.nbytes[i]))
-        refused = status[status != RangeStatus.OK]
-        error = RegionError(f"inproc: {explain(int(refused[0]))}") if refused.size else None
         self._finish(transfer, ok, error)
 
     def _finish(self, transfer: Transfer, ok: np.ndarray | None, error: KVRDMAError | None) -> None:

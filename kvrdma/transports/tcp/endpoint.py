@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
 import logging
@@ -23,6 +24,7 @@ from kvrdma.transports.base import (
     Priority,
     Transfer,
     TransferBatch,
+    call_guarded,
     check_open,
 )
 from kvrdma.transports.regions import TOKEN_NBYTES, RangeStatus, RegionTable, explain
@@ -141,13 +143,18 @@ class TcpEndpoint(Endpoint):
         n = len(batch)
         operation = _Operation(Transfer(n, hold=hold), np.ones(n, dtype=np.bool_), 0)
         transfer = operation.transfer
-        transfer._on_cancel = lambda: self._loop.call_soon(lambda: self._cancel(operation))
+        transfer._on_cancel = lambda: self._ask_to_cancel(operation)
         pieces = self._split(batch, operation, int(priority))
         operation.pieces_left = len(pieces)
         if not pieces:
             transfer.finish(operation.ok)
             return transfer
-        self._loop.call_soon(lambda: self._submit(operation, pieces, timeout))
+        try:
+            self._loop.call_soon(lambda: self._submit(operation, pieces, timeout))
+        except ClosedError as error:
+            operation.ok[:] = False
+            transfer.finish(operation.ok, error)
+            raise
         return transfer
 
     def close(self, *, timeout: float = 5.0) -> None:
@@ -169,6 +176,10 @@ class TcpEndpoint(Endpoint):
     def abort(self) -> None:
         """End at once."""
         self._end(ClosedError(f"tcp endpoint to {self._peer}: aborted"))
+
+    def _ask_to_cancel(self, operation: _Operation) -> None:
+        with contextlib.suppress(ClosedError):  # the loop has ended, and every transfer with it
+            self._loop.call_soon(lambda: self._cancel(operation))
 
     def _end(self, error: KVRDMAError) -> None:
         self._loop.run(lambda: self._tear_down(error))
@@ -291,8 +302,8 @@ class TcpEndpoint(Endpoint):
         operation.cancelled = True
         operation.error = operation.error or error or ClosedError("tcp: cancelled")
         for piece in [p for p in self._in_flight.values() if p.operation is operation]:
-            assert piece.stream is not None
-            piece.stream.send(OutFrame(wire.encode_note(Frame.CANCEL, piece.number), _URGENT))
+            if piece.stream is not None:  # a send that fails ends all of them
+                piece.stream.send(OutFrame(wire.encode_note(Frame.CANCEL, piece.number), _URGENT))
         waiting = [entry for entry in self._waiting if entry[2].operation is operation]
         self._waiting = [entry for entry in self._waiting if entry[2].operation is not operation]
         heapq.heapify(self._waiting)
@@ -326,7 +337,7 @@ class TcpEndpoint(Endpoint):
             piece.operation.error = piece.operation.error or error
             self._finish_piece(piece, None)
         for callback in callbacks:
-            callback()
+            call_guarded(callback)
 
     # -- Inbox: what the streams receive, on the loop's thread
 

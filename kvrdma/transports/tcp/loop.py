@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
 import logging
@@ -13,6 +14,8 @@ from collections import deque
 from collections.abc import Callable
 from functools import partial
 from typing import Final
+
+from kvrdma.errors import ClosedError
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +49,8 @@ class IoLoop:
         self._timers: list[tuple[float, int, Timer]] = []
         self._order = itertools.count()
         self._closing = False
+        self._ended = False
+        self._guard = threading.Lock()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -54,13 +59,20 @@ class IoLoop:
         return threading.current_thread() is self._thread
 
     def call_soon(self, call: Callable[[], None]) -> None:
-        """Run a call on the loop's thread, in the order of the posts. From any thread."""
-        self._calls.append(call)
-        os.eventfd_write(self._wake_fd, 1)
+        """Run a call on the loop's thread, in the order of the posts. From any thread.
+
+        Raises:
+            ClosedError: the loop has ended, and its descriptors may be somebody else's by now.
+        """
+        with self._guard:
+            if self._ended:
+                raise ClosedError(f"{self._thread.name}: ended")
+            self._calls.append(call)
+            os.eventfd_write(self._wake_fd, 1)
 
     def run(self, call: Callable[[], None]) -> None:
         """Run a call on the loop's thread and wait for it; at once where the caller is on it or it has ended."""
-        if self.inside() or not self._thread.is_alive():
+        if self.inside():
             call()
             return
         done = threading.Event()
@@ -71,10 +83,12 @@ class IoLoop:
             finally:
                 done.set()
 
-        self.call_soon(run)
-        while not done.wait(0.5):
-            if not self._thread.is_alive():
-                return
+        try:
+            self.call_soon(run)
+        except ClosedError:
+            call()
+            return
+        done.wait()
 
     def call_at(self, when: float, call: Callable[[], None]) -> Timer:
         """Run a call at a time of `time.monotonic`. On the loop's thread only."""
@@ -92,24 +106,32 @@ class IoLoop:
 
     def forget(self, fd: int) -> None:
         """Watch a descriptor no longer; before it is closed."""
-        if self._handlers.pop(fd, None) is not None:
+        if self._handlers.pop(fd, None) is not None and not self._epoll.closed:
             self._epoll.unregister(fd)
 
     def close(self) -> None:
         """End the thread, after the calls posted so far."""
-        if self._closing:
-            return
 
         def stop() -> None:
             self._closing = True
 
-        self.call_soon(stop)
+        with contextlib.suppress(ClosedError):
+            self.call_soon(stop)
         if not self.inside():
             self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            self._turn_until_closed()
+        finally:
+            with self._guard:
+                self._ended = True
+            while self._calls:  # posted since the last turn; nothing is added any more
+                self._guarded(self._calls.popleft())
             self._epoll.close()
             os.close(self._wake_fd)
 
-    def _run(self) -> None:
+    def _turn_until_closed(self) -> None:
         while not self._closing:
             wait = -1.0
             if self._timers:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import logging
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from kvrdma.layout import Int64s
 from kvrdma.transports.tcp.iovec import IoCursor
 from kvrdma.transports.tcp.loop import READABLE, WRITABLE, IoLoop
 from kvrdma.transports.tcp.wire import HEADER_NBYTES, Header
+
+logger = logging.getLogger(__name__)
 
 _STEPS_A_TURN: Final = 32  # then the loop's other sockets have their turn
 _NO_IOVECS: Final = np.zeros((0, 2), dtype=np.int64)
@@ -117,6 +120,9 @@ class Stream:
             self._inbox.on_broken(self, error)
         except OSError as error:
             self._inbox.on_broken(self, TransportError(f"tcp: {error.strerror or error}"))
+        except Exception as error:  # in the middle of a frame the stream is of no use any more, whatever it was
+            logger.exception("tcp: a stream failed unexpectedly")
+            self._inbox.on_broken(self, TransportError(f"tcp: {type(error).__name__}: {error}"))
 
     def _pump(self) -> None:
         while not self._closed:

@@ -22,6 +22,7 @@ from kvrdma.transports.base import (
     RemoteRegion,
     Rights,
     Transport,
+    call_guarded,
     check_open,
 )
 from kvrdma.transports.regions import RegionTable
@@ -90,6 +91,7 @@ class TcpTransport(Transport):
                 sock.sendall(wire.Greeting(session, index, self._n_streams, ticket).encode())
             for sock in socks:
                 wire.check_answer(_receive_exactly(sock, wire.ANSWER_NBYTES, deadline, address))
+            return self._adopt(socks, peer=address, ticket=ticket)
         except OSError as error:
             for sock in socks:
                 sock.close()
@@ -100,7 +102,6 @@ class TcpTransport(Transport):
             for sock in socks:
                 sock.close()
             raise
-        return self._adopt(socks, peer=address, ticket=ticket)
 
     def listen(self, address: str) -> Listener:
         """Open a listener on host:port; port 0 picks a free one."""
@@ -132,6 +133,9 @@ class TcpTransport(Transport):
         endpoint = TcpEndpoint(socks, self._loop, self._table, peer=peer, ticket=ticket)
         self._open.add(endpoint)
         endpoint.add_close_callback(lambda: self._open.discard(endpoint))
+        if self._closed:
+            endpoint.abort()
+            raise ClosedError("tcp transport: closed")
         return endpoint
 
 
@@ -175,6 +179,7 @@ class TcpListener(Listener):
         except queue.Empty:
             raise DeadlineError(f"tcp: nobody connected to {self._contact} within {timeout} s") from None
         if endpoint is None:
+            self._ready.put(None)  # for the next one who waits
             raise ClosedError("tcp listener: closed")
         return endpoint
 
@@ -248,13 +253,24 @@ class TcpListener(Listener):
             return
         mates.sort(key=lambda g: g.greeting.index if g.greeting else 0)
         self._guests.difference_update(mates)
-        for guest in mates:
-            guest.sock.send(wire.answer())
-        endpoint = self._adopt([g.sock for g in mates], peer=mates[0].peer, ticket=greeting.ticket)
+        try:
+            endpoint = self._adopt([g.sock for g in mates], peer=mates[0].peer, ticket=greeting.ticket)
+        except (OSError, ClosedError) as error:
+            logger.debug("tcp listener %s: %s: %s", self._contact, mates[0].peer, error)
+            for guest in mates:
+                guest.sock.close()
+            return
+        # The answer goes last: once `connect` has returned, this end is known to whoever waits for it here.
         if self._callback is not None:
-            self._callback(endpoint)
+            call_guarded(self._callback, endpoint)
         else:
             self._ready.put(endpoint)
+        try:
+            for guest in mates:
+                guest.sock.send(wire.answer())
+        except OSError as error:
+            logger.debug("tcp listener %s: %s left before it was answered: %s", self._contact, mates[0].peer, error)
+            endpoint.abort()
 
     def _answer_and_dismiss(self, guest: _Guest) -> None:
         """Tell a peer of another version which one this is before it is turned away."""
