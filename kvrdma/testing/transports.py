@@ -127,9 +127,7 @@ class TransportSuite:
         """Both ends of a connection, with random bytes that either may read and write."""
         return self.make_sides(transports, listener, self.nbytes)
 
-    def make_sides(
-        self, transports: tuple[Transport, Transport], listener: Listener, nbytes: int
-    ) -> tuple[Side, Side]:
+    def make_sides(self, transports: tuple[Transport, Transport], listener: Listener, nbytes: int) -> tuple[Side, Side]:
         """Connect, and register memory filled with random bytes at both ends."""
         rng = np.random.default_rng(nbytes)
         left = transports[0].connect(listener.contact_address, timeout=PATIENCE_S, ticket=b"the ticket")
@@ -191,9 +189,7 @@ class TransportSuite:
             np.testing.assert_array_equal(goal, expected)
 
     @pytest.mark.parametrize("opcode", Opcode)
-    def test_one_huge_range(
-        self, transports: tuple[Transport, Transport], listener: Listener, opcode: Opcode
-    ) -> None:
+    def test_one_huge_range(self, transports: tuple[Transport, Transport], listener: Listener, opcode: Opcode) -> None:
         """A range of 20 MiB and some bytes, at odd offsets."""
         nbytes = (20 << 20) + 12345
         here, there = self.make_sides(transports, listener, nbytes + 8)
@@ -449,9 +445,7 @@ class TransportSuite:
         """A region belongs to the transport that it was registered with."""
         here, there = sides
         with pytest.raises(RegionError):
-            here.endpoint.post(
-                make_batch(Opcode.READ, there.region, there.export, column(0), column(0), column(64))
-            )
+            here.endpoint.post(make_batch(Opcode.READ, there.region, there.export, column(0), column(0), column(64)))
 
     # -- transfers
 
@@ -460,9 +454,7 @@ class TransportSuite:
         here, there = sides
         expected = there.array.copy()
         seen: list[bool] = []
-        lease = Lease(
-            np.zeros(1, dtype=np.int64), on_last=lambda: seen.append(np.array_equal(here.array, expected))
-        )
+        lease = Lease(np.zeros(1, dtype=np.int64), on_last=lambda: seen.append(np.array_equal(here.array, expected)))
         transfer = here.endpoint.post(self.read_all(here, there), hold=lease)
         lease.release()
         assert transfer.result(PATIENCE_S).all()
@@ -539,9 +531,7 @@ class TransportSuite:
         here, there = sides
         size = self.nbytes // 64
         offsets = np.arange(64, dtype=np.int64) * size
-        batch = make_batch(
-            Opcode.READ, here.region, there.export, offsets, offsets, np.full(64, size, dtype=np.int64)
-        )
+        batch = make_batch(Opcode.READ, here.region, there.export, offsets, offsets, np.full(64, size, dtype=np.int64))
         for _ in range(20):
             held = HeldLease()
             here.array[:] = 0
@@ -809,42 +799,42 @@ class TransportSuite:
         listener.close()
         assert not set(threading.enumerate()) - before
 
-    def test_post_while_the_transport_closes(self) -> None:
+    @pytest.mark.parametrize("turn", range(6))
+    def test_post_while_the_transport_closes(self, turn: int) -> None:
         """Whoever loses that race gets a `KVRDMAError` or a terminal transfer, and keeps no lease."""
-        for _ in range(10):
-            left, right = self.make_transport(), self.make_transport()
-            here, there = self.make_sides((left, right), right.listen(self.address), 4096)
-            batch = self.read_all(here, there)
-            started = threading.Event()
-            held: list[HeldLease] = []
-            posted: list[Transfer] = []
-            wrong: list[BaseException] = []
+        left, right = self.make_transport(), self.make_transport()
+        here, there = self.make_sides((left, right), right.listen(self.address), 64)
+        batch = self.read_all(here, there)
+        started = threading.Event()
+        held: list[HeldLease] = []
+        posted: list[Transfer] = []
+        wrong: list[BaseException] = []
 
-            def work() -> None:
-                try:
-                    while True:
-                        held.append(HeldLease())
-                        try:
-                            posted.append(here.endpoint.post(batch, hold=held[-1].lease))
-                        finally:
-                            held[-1].lease.release()
-                            started.set()
-                except KVRDMAError:
-                    return
-                except BaseException as error:
-                    wrong.append(error)
+        def work() -> None:
+            try:
+                while True:
+                    held.append(HeldLease())
+                    try:
+                        posted.append(here.endpoint.post(batch, hold=held[-1].lease))
+                    finally:
+                        held[-1].lease.release()
+                        started.set()
+            except KVRDMAError:
+                return
+            except BaseException as error:
+                wrong.append(error)
 
-            thread = threading.Thread(target=work)
-            thread.start()
-            started.wait(PATIENCE_S)
-            left.close()
-            thread.join(PATIENCE_S)
-            right.close()
-            assert not thread.is_alive()
-            assert not wrong
-            for transfer in posted:
-                transfer.result(PATIENCE_S)
-            assert all(each.ends == 1 for each in held)
+        thread = threading.Thread(target=work)
+        thread.start()
+        assert started.wait(PATIENCE_S)
+        left.close()
+        thread.join(PATIENCE_S)
+        right.close()
+        assert not thread.is_alive()
+        assert not wrong
+        for transfer in posted:
+            transfer.result(PATIENCE_S)
+        assert all(each.ends == 1 for each in held)
 
     # -- helpers
 
