@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 from kvrdma.errors import CapacityError, ConfigError
@@ -50,7 +50,6 @@ class SizeClass:
     pool: PinnedPool
     policy: EvictionPolicy
     n_pinned: int = 0
-    reserved: set[bytes] = field(default_factory=set)
 
 
 def slab_size(capacity_nbytes: int) -> int:
@@ -78,6 +77,7 @@ class BlockStore:
         self._policy = policy
         self._classes: dict[int, SizeClass] = {}
         self._entries: dict[bytes, Entry] = {}
+        self._reserved: set[bytes] = set()
         self._by_generation: dict[int, Entry] = {}
         self._generations = itertools.count(1)
         self._keyspaces: dict[bytes, int] = {}
@@ -123,7 +123,7 @@ class BlockStore:
         taken: set[bytes] = set()
         for i, (name, size) in enumerate(zip(names, nbytes, strict=True)):
             size_class = self._class(size)
-            if size_class is None or name in self._entries or name in size_class.reserved or name in taken:
+            if size_class is None or name in self._entries or name in self._reserved or name in taken:
                 continue
             taken.add(name)
             wanted.setdefault(size, []).append(i)
@@ -131,7 +131,7 @@ class BlockStore:
         for size, rows in wanted.items():
             size_class = self._classes[size]
             for i in rows[: self._make_room(size_class, len(rows))]:
-                size_class.reserved.add(names[i])
+                self._reserved.add(names[i])
                 entries[i] = Entry(
                     names[i], keyspace, size, size_class.pool.allocate(1), next(self._generations), size_class
                 )
@@ -140,7 +140,7 @@ class BlockStore:
     def commit(self, entry: Entry, checksum: int) -> None:
         """A reserved block's bytes are in place: it is there from now on."""
         entry.checksum = checksum
-        entry.size_class.reserved.discard(entry.name)
+        self._reserved.discard(entry.name)
         entry.size_class.policy.insert(entry.name)
         self._entries[entry.name] = entry
         self._by_generation[entry.generation] = entry
@@ -150,7 +150,7 @@ class BlockStore:
 
     def give_up(self, entry: Entry) -> None:
         """A reserved block did not come: its slot is free again."""
-        entry.size_class.reserved.discard(entry.name)
+        self._reserved.discard(entry.name)
         entry.lease.release()
 
     def pin(self, names: Iterable[bytes]) -> list[Entry | None]:
@@ -201,7 +201,7 @@ class BlockStore:
             "keyspaces": len(self._spaces),
             "size_classes": len(self._classes),
             "pinned_blocks": sum(c.n_pinned for c in self._classes.values()),
-            "reserved_blocks": sum(len(c.reserved) for c in self._classes.values()),
+            "reserved_blocks": len(self._reserved),
         }
 
     def close(self) -> None:

@@ -204,12 +204,21 @@ class PoolServer:
                 writer.write(protocol.encode(protocol.Goodbye(0, "the server is shutting down")))
         finally:
             if session is not None:
-                self._sessions.pop(session.ticket, None)
-                await session.end()
+                await self._end(session)
             writer.close()
             with contextlib.suppress(ConnectionError, TimeoutError, asyncio.CancelledError):
                 await asyncio.wait_for(writer.wait_closed(), 1.0)
+            writer.transport.abort()  # of a client that reads nothing: `Server.wait_closed` would wait for it
             self._clients.discard(task)
+
+    async def _end(self, session: ClientSession) -> None:
+        """End a session as a whole, even where the server stops meanwhile: its slots must be free by then."""
+        self._sessions.pop(session.ticket, None)
+        ending = asyncio.ensure_future(session.end())
+        while not ending.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.shield(ending)
+        ending.result()
 
     async def _greet(
         self,

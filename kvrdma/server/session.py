@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 MAX_LEASES: Final = 1024
 MAX_KEYSPACES: Final = 64
 MAX_PUT_S: Final = 120.0
+ATTACH_TIMEOUT_S: Final = 5.0
+_MAX_REGION: Final = 1 << 62
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,7 @@ class ClientSession:
         self._lease_numbers = itertools.count(1)
         self._endpoint: asyncio.Future[Endpoint] = asyncio.get_running_loop().create_future()
         self._puts: set[asyncio.Task[None]] = set()
+        self._gets: set[asyncio.Task[None]] = set()  # those that wait for the data connection
         self._handlers: dict[type[Message], Callable[[Any], Message | Awaitable[None] | None]] = {
             protocol.OpenKeySpace: self._open_keyspace,
             protocol.LookupRequest: self._lookup,
@@ -118,8 +121,8 @@ class ClientSession:
             await asyncio.get_running_loop().run_in_executor(None, endpoint.abort)
         else:
             self._endpoint.cancel()
-        if self._puts:
-            await asyncio.wait(self._puts)
+        if self._puts or self._gets:
+            await asyncio.wait(self._puts | self._gets)
         for lease in list(self._leases):
             self._end_lease(lease)
 
@@ -149,13 +152,31 @@ class ClientSession:
         self._store.counts["lookup_hits"] += sum(present)
         return protocol.LookupReply(message.seq, present, list(differs))
 
-    def _get(self, message: protocol.GetRequest) -> Message:
+    def _get(self, message: protocol.GetRequest) -> Message | None:
         self._check_keyspace(message.keyspace)
         names = read_names(message.keys, message.shard)
-        if len(self._leases) >= MAX_LEASES:
+        if len(self._leases) + len(self._gets) >= MAX_LEASES:
             return protocol.ErrorReply(message.seq, f"a connection holds at most {MAX_LEASES} leases")
-        if not self._endpoint.done():
-            return protocol.ErrorReply(message.seq, "no data connection with this session's ticket yet")
+        if self._endpoint.done():
+            return self._lease(message, names)
+        task = asyncio.get_running_loop().create_task(self._get_later(message, names))
+        self._gets.add(task)
+        task.add_done_callback(self._gets.discard)
+        return None
+
+    async def _get_later(self, message: protocol.GetRequest, names: list[bytes]) -> None:
+        """A get that overtook the news of its own data connection, which comes from the transport's thread."""
+        try:
+            await asyncio.wait_for(asyncio.shield(self._endpoint), ATTACH_TIMEOUT_S)
+        except TimeoutError:
+            self._send(protocol.ErrorReply(message.seq, "no data connection with this session's ticket"))
+        except asyncio.CancelledError:
+            logger.debug("%s: left before its data connection came", self.name)
+        else:
+            self._send(self._lease(message, names))
+
+    def _lease(self, message: protocol.GetRequest, names: list[bytes]) -> Message:
+        """Pin the blocks that are there, and say where they lie."""
         pinned = self._store.pin(names)
         entries = [entry for entry in pinned if entry is not None]
         slabs = self._slabs(self._endpoint.result().scheme)
@@ -203,6 +224,8 @@ class ClientSession:
         key_rows, region_rows, offsets, nbytes = spans
         if checksums is None or len(checksums) != len(names):
             raise ProtocolError("put: as many checksums as keys are needed")
+        if any(region.nbytes > _MAX_REGION for region in regions):
+            raise ProtocolError(f"put: a region has at most {_MAX_REGION} bytes")
         sizes = np.array([region.nbytes for region in regions], dtype=np.int64)
         if spans.shape[1] == 0 or (
             (np.diff(key_rows) < 0).any()
@@ -247,6 +270,8 @@ class ClientSession:
                 committed = good
         except (KVRDMAError, TimeoutError, asyncio.CancelledError) as error:
             logger.info("a put of %s was given up: %s", self.name, error or type(error).__name__)
+        except Exception:  # its client must hear of it, and would wait for its time-out otherwise
+            logger.exception("a put of %s failed unexpectedly", self.name)
         finally:
             for i, entry in enumerate(reserved):
                 status[rows[i]] = PutStatus.STORED if committed[i] else PutStatus.FAILED

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import socket
 import subprocess
@@ -14,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvrdma import protocol
 from kvrdma.backends import GetTransfer, PutTransfer
@@ -23,6 +23,7 @@ from kvrdma.keys import KeySpace, block_keys, pack_keys
 from kvrdma.layout import Shard, checksum
 from kvrdma.memory import PinnedPool
 from kvrdma.settings import Settings, Url
+from kvrdma.transports import RemoteRegion
 
 SPACE = KeySpace(
     model="m",
@@ -138,7 +139,7 @@ class Client:
         self, url: str, *, n: int = 8, nbytes: int = 64 << 10, space: KeySpace = SPACE, first: int = 0
     ) -> None:
         self.n = n
-        self.keys = block_keys(space, np.arange(first * 4, (first + n) * 4, dtype=np.int32))
+        self.keys = some_keys(n, space=space, first=first)
         self.batch = pack_keys(self.keys)
         self.pool = PinnedPool(nbytes, 2 * n)
         self.content = np.random.default_rng(first).integers(0, 256, (n, nbytes), dtype=np.uint8)
@@ -260,30 +261,42 @@ class RawClient:
         self.close()
 
 
+def lookup_request(raw: RawClient, keyspace: int, n: int) -> protocol.LookupRequest:
+    return protocol.LookupRequest(raw.number(), keyspace, packed_keys(n), [SHARD.encode()])
+
+
+def get_request(raw: RawClient, keyspace: int, n: int) -> protocol.GetRequest:
+    return protocol.GetRequest(raw.number(), keyspace, SHARD.encode(), packed_keys(n))
+
+
 def put_request(
     raw: RawClient,
     keyspace: int,
-    n: int,
-    region: Any,
+    content: NDArray[np.uint8],
+    region: RemoteRegion,
     *,
     timeout: float = PATIENCE_S,
-    nbytes: int = 4096,
-    first: int = 0,
 ) -> protocol.PutRequest:
-    """A put of n blocks that lie one behind the other in a region, with checksums that are wrong."""
+    """A put of the first blocks, which lie one behind the other in a region."""
+    n, nbytes = content.shape
     rows = np.arange(n, dtype=np.int64)
-    keys = block_keys(SPACE, np.arange(first * 4, (first + n) * 4, dtype=np.int32))
+    shard = SHARD.encode()
+    checksums = [checksum(key, shard, [row]) for key, row in zip(some_keys(n), content, strict=True)]
     return protocol.PutRequest(
         raw.number(),
         keyspace,
-        SHARD.encode(),
-        pack_keys(keys).tobytes(),
-        bytes(8 * n),
+        shard,
+        packed_keys(n),
+        np.array(checksums, dtype="<u8").tobytes(),
         [[region.scheme, region.nbytes, region.token]],
         protocol.pack_columns(rows, np.zeros_like(rows), rows * nbytes, np.full_like(rows, nbytes)),
         int(timeout * 1000),
     )
 
 
-def this_file() -> str:
-    return os.path.abspath(__file__)
+def some_keys(n: int, *, space: KeySpace = SPACE, first: int = 0) -> list[bytes]:
+    return block_keys(space, np.arange(first * space.block_tokens, (first + n) * space.block_tokens, dtype=np.int32))
+
+
+def packed_keys(n: int) -> bytes:
+    return pack_keys(some_keys(n)).tobytes()
