@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -21,12 +22,14 @@ from kvrdma.backends.base import (
     verify,
 )
 from kvrdma.backends.blockstore import BlockStore, Entry, check_capacity
-from kvrdma.errors import ClosedError, ConfigError
+from kvrdma.errors import BackendError, ClosedError, ConfigError
 from kvrdma.keys import KEY_NBYTES, KeyBatch, KeySpace, unpack_keys
 from kvrdma.layout import Checksums, Shard
 from kvrdma.memory import Lease, Memory, Spans
 from kvrdma.policies import policies
 from kvrdma.settings import Settings, Url, option, parse_size, parse_text
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +51,7 @@ class MemoryBackend(StorageBackend):
         self._store = BlockStore(options.capacity, policies.get(options.policy))
         self._guard = threading.Lock()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="kvrdma-memory")
-        self._keyspace = 0
+        self._keyspace: int | None = None
         self._closed = False
 
     def register(self, memory: Memory) -> None:
@@ -63,9 +66,9 @@ class MemoryBackend(StorageBackend):
         """Say what is there."""
         suffixes = [shard.encode() for shard in shards]
         with self._guard:
-            self._check_open()
+            keyspace = self._ready()
             present = [all(self._store.has(key + suffix) for suffix in suffixes) for key in unpack_keys(keys)]
-            differs = () if any(present) else tuple(self._store.nearest_filled(self._keyspace))
+            differs = () if any(present) else tuple(self._store.nearest_filled(keyspace))
         return Lookup(np.array(present, dtype=np.bool_), differs=differs)
 
     def get_into(
@@ -73,9 +76,9 @@ class MemoryBackend(StorageBackend):
     ) -> GetTransfer:
         """Copy blocks into the target."""
         check_batch(keys, target)
-        self._check_open()
+        self._ready()
         transfer = GetTransfer(len(keys), hold=hold)
-        self._worker.submit(self._get, transfer, keys, shard, target)
+        self._start(transfer, lambda: self._get(transfer, keys, shard, target))
         return transfer
 
     def put(
@@ -90,9 +93,9 @@ class MemoryBackend(StorageBackend):
     ) -> PutTransfer:
         """Copy blocks that are not there yet."""
         check_batch(keys, source, checksums)
-        self._check_open()
+        keyspace = self._ready()
         transfer = PutTransfer(len(keys), hold=hold)
-        self._worker.submit(self._put, transfer, keys, shard, source, checksums)
+        self._start(transfer, lambda: self._put(transfer, keyspace, keys, shard, source, checksums))
         return transfer
 
     def delete(self, keys: KeyBatch, *, timeout: float) -> int:
@@ -117,6 +120,25 @@ class MemoryBackend(StorageBackend):
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedError("memory:// backend: closed")
+
+    def _ready(self) -> int:
+        self._check_open()
+        if self._keyspace is None:
+            raise BackendError("memory:// backend: use_keyspace must come before the first call")
+        return self._keyspace
+
+    def _start(self, transfer: GetTransfer | PutTransfer, work: Callable[[], None]) -> None:
+        def run() -> None:
+            try:
+                work()
+            except Exception as error:  # a worker's exception would be lost, and the lease with it
+                logger.exception("memory:// backend: a transfer failed unexpectedly")
+                transfer.conclude(BackendError(f"{type(error).__name__}: {error}"))
+
+        try:
+            self._worker.submit(run)
+        except RuntimeError:
+            transfer.conclude(ClosedError("memory:// backend: closed"))
 
     def _get(self, transfer: GetTransfer, keys: KeyBatch, shard: Shard, target: Spans) -> None:
         suffix = shard.encode()
@@ -144,12 +166,20 @@ class MemoryBackend(StorageBackend):
             self._store.unpin(entry for entry in entries if entry is not None)
         transfer.conclude()
 
-    def _put(self, transfer: PutTransfer, keys: KeyBatch, shard: Shard, source: Spans, checksums: Checksums) -> None:
+    def _put(
+        self,
+        transfer: PutTransfer,
+        keyspace: int,
+        keys: KeyBatch,
+        shard: Shard,
+        source: Spans,
+        checksums: Checksums,
+    ) -> None:
         suffix = shard.encode()
         names = [key + suffix for key in unpack_keys(keys)]
         with self._guard:
             present = np.array([self._store.has(name) for name in names], dtype=np.bool_)
-            entries = self._store.reserve(self._keyspace, names, source.key_nbytes().tolist())
+            entries = self._store.reserve(keyspace, names, source.key_nbytes().tolist())
         transfer.status[:] = np.where(present, PutStatus.EXISTS, PutStatus.DECLINED)
         for i, entry in enumerate(entries):
             if entry is not None:

@@ -99,6 +99,8 @@ class PoolBackend(StorageBackend):
 
     def lookup(self, keys: KeyBatch, shards: Sequence[Shard], *, timeout: float) -> Lookup:
         """Say what is there."""
+        if not len(keys):
+            return Lookup(np.zeros(0, dtype=np.bool_))
         deadline = Deadline(timeout)
         session, keyspace = self._ready(deadline)
         names: list[Any] = [shard.encode() for shard in shards]
@@ -139,6 +141,8 @@ class PoolBackend(StorageBackend):
 
     def delete(self, keys: KeyBatch, *, timeout: float) -> int:
         """Drop every shard of the keys."""
+        if not len(keys):
+            return 0
         deadline = Deadline(timeout)
         session, keyspace = self._ready(deadline)
         answer = session.call(
@@ -233,7 +237,10 @@ class PoolBackend(StorageBackend):
     def _start(self, transfer: T, work: Callable[[], None]) -> None:
         def run() -> None:
             try:
-                work()
+                if len(transfer.ok):
+                    work()
+                else:
+                    transfer.conclude()
             except KVRDMAError as error:
                 transfer.conclude(error)
             except Exception as error:  # a worker's exception would be lost, and the lease with it
@@ -263,25 +270,24 @@ class PoolBackend(StorageBackend):
             timeout=deadline.left(),
         )
         bad: Int64s = np.zeros(0, dtype=np.int64)
+        error: KVRDMAError | None = None
         try:
             present, columns, checksums, regions = read_get_reply(reply, target)
             transfer.status[:] = np.where(present, GetStatus.FAILED, GetStatus.MISSING)
-            if not present.any():
-                transfer.conclude()
-                return
-            wanted = target.select(present)
-            batch = self._read_batch(endpoint.scheme, wanted, columns, regions)
-            read = endpoint.post(batch, hold=hold, priority=Priority.LOAD, timeout=deadline.left())
-            ranges_ok = read.result()  # ends: its own time-out aborts the endpoint
-            arrived = np.bincount(wanted.key_row[~ranges_ok], minlength=wanted.n_keys) == 0
-            good = verify(keys[present], shard, wanted, checksums, arrived)
-            wrong = arrived & ~good
-            bad = columns[3][wrong]
-            rows = np.flatnonzero(present)
-            transfer.status[rows[good]] = GetStatus.OK
-            transfer.status[rows[wrong]] = GetStatus.CHECKSUM
-            transfer.checksums[rows] = checksums
-            error = read.error
+            if present.any():
+                wanted = target.select(present)
+                batch = self._read_batch(endpoint.scheme, wanted, columns, regions)
+                read = endpoint.post(batch, hold=hold, priority=Priority.LOAD, timeout=deadline.left())
+                ranges_ok = read.result()  # ends: its own time-out aborts the endpoint
+                arrived = np.bincount(wanted.key_row[~ranges_ok], minlength=wanted.n_keys) == 0
+                good = verify(keys[present], shard, wanted, checksums, arrived)
+                wrong = arrived & ~good
+                bad = columns[3][wrong]
+                rows = np.flatnonzero(present)
+                transfer.status[rows[good]] = GetStatus.OK
+                transfer.status[rows[wrong]] = GetStatus.CHECKSUM
+                transfer.checksums[rows] = checksums
+                error = read.error
         finally:
             if not session.broken:
                 session.send(protocol.Release(0, reply.lease, bad.astype("<i8").tobytes()))
@@ -384,7 +390,7 @@ def read_region(part: Any) -> RemoteRegion:
         or not isinstance(part[0], str)
         or type(part[1]) is not int
         or not isinstance(part[2], bytes)
-        or part[1] < 1
+        or not 1 <= part[1] < 1 << 63
     ):
         raise ProtocolError("a region must be [scheme, nbytes, token]")
     return RemoteRegion(part[0], part[1], part[2])
