@@ -64,7 +64,7 @@ class BreakerBackend(StorageBackend):
             return Lookup.unavailable(len(keys))
         try:
             answer = self._inner.lookup(keys, shards, timeout=timeout)
-        except KVRDMAError as error:
+        except Exception as error:  # whatever it is: it is a miss, and a trial must not stay open
             self._failed(error)
             return Lookup.unavailable(len(keys))
         self._succeeded()
@@ -77,7 +77,7 @@ class BreakerBackend(StorageBackend):
         if self._admit():
             try:
                 transfer = self._inner.get_into(keys, shard, target, hold=hold, timeout=timeout)
-            except KVRDMAError as error:
+            except Exception as error:  # whatever it is: it is a miss, and a trial must not stay open
                 self._failed(error)
             else:
                 transfer.add_done_callback(self._judge)
@@ -100,7 +100,7 @@ class BreakerBackend(StorageBackend):
         if self._admit():
             try:
                 transfer = self._inner.put(keys, shard, source, checksums, hold=hold, timeout=timeout)
-            except KVRDMAError as error:
+            except Exception as error:  # whatever it is: it is a miss, and a trial must not stay open
                 self._failed(error)
             else:
                 transfer.add_done_callback(self._judge)
@@ -144,7 +144,7 @@ class BreakerBackend(StorageBackend):
         if was is not BreakerState.CLOSED:
             logger.warning("L2 answers again")
 
-    def _failed(self, error: KVRDMAError) -> None:
+    def _failed(self, error: Exception) -> None:
         with self._guard:
             self.failures += 1
             if self._state is BreakerState.OPEN:
@@ -153,4 +153,5 @@ class BreakerBackend(StorageBackend):
             pause = self._pause_s
             self._retry_at = self._clock() + pause
             self._pause_s = min(LONGEST_PAUSE_S, 2 * pause)
-        logger.warning("L2 failed and is left alone for %.1f s: %s", pause, error)
+        unexpected = None if isinstance(error, KVRDMAError) else error
+        logger.warning("L2 failed and is left alone for %.1f s: %s", pause, error, exc_info=unexpected)

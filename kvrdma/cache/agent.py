@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from kvrdma.backends import GetStatus, GetTransfer, PutStatus, PutTransfer, StorageBackend
 from kvrdma.cache.jobs import BlockStatus, Job, JobKind, JobReport
-from kvrdma.errors import KVRDMAError
+from kvrdma.errors import ClosedError, KVRDMAError
 from kvrdma.keys import KeySpace, unpack_keys
 from kvrdma.layout import Checksums, Shard, checksum
 from kvrdma.memory import BlockCopier, Fence, Lease, PinnedPool
@@ -99,7 +99,11 @@ class TransferAgent:
         match job.kind:
             case JobKind.SAVE | JobKind.LOAD:
                 lease = self._pool.lease(job.slots, exclusive=job.kind is JobKind.SAVE)
-                self._copies.submit(self._copy, job, lease, fence)
+                try:
+                    self._copies.submit(self._copy, job, lease, fence)
+                except RuntimeError:
+                    lease.release()
+                    raise ClosedError("agent: closed") from None
             case JobKind.FETCH:
                 self._fetch(job)
             case JobKind.PUT:
