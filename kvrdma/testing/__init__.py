@@ -8,6 +8,8 @@ factory methods ask for, and pytest collects the tests:
             return MyTransport()
 """
 
+from kvrdma.testing.backends import StorageBackendSuite
+from kvrdma.testing.policies import EvictionPolicySuite
 from kvrdma.testing.transports import TransportSuite
 
-__all__ = ["TransportSuite"]
+__all__ = ["EvictionPolicySuite", "StorageBackendSuite", "TransportSuite"]
