@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
+from decimal import Decimal
 from typing import Any, Final, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
@@ -41,14 +42,14 @@ def parse_size(value: object) -> int:
     match = _SIZE.fullmatch(value) if isinstance(value, str) else None
     if match is None:
         raise ValueError("bytes, such as 1073741824, '64KiB' or '1.5GiB'")
-    return int(float(match[1]) * _UNITS[match[2].lower()])
+    return int(Decimal(match[1]) * _UNITS[match[2].lower()])
 
 
 def parse_seconds(value: object) -> float:
     """Read a time-out in seconds: finite and above zero."""
     try:
         seconds = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         seconds = math.nan
     if isinstance(value, bool) or not (0 < seconds < math.inf):
         raise ValueError("seconds above 0, such as 0.5 or 30")
@@ -59,7 +60,7 @@ def parse_count(value: object) -> int:
     """Read a whole number of at least 1."""
     try:
         count = int(value)  # type: ignore[call-overload]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         count = 0
     if isinstance(value, (bool, float)) or count < 1:
         raise ValueError("a whole number of at least 1")
@@ -70,7 +71,7 @@ def parse_share(value: object) -> float:
     """Read a share: above 0 and at most 1."""
     try:
         share = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         share = math.nan
     if isinstance(value, bool) or not (0 < share <= 1):
         raise ValueError("a share above 0 and at most 1, such as 0.5")
@@ -189,7 +190,10 @@ class Url:
     @classmethod
     def parse(cls, text: str) -> Url:
         """Split a URL; raises `ConfigError` where it is none."""
-        parts = urlsplit(text)
+        try:
+            parts = urlsplit(text)
+        except ValueError as error:
+            raise ConfigError(f"URL {text!r}: {error}") from None
         if not parts.scheme or "://" not in text:
             raise ConfigError(f"URL {text!r}: must look like scheme://host:port?option=value")
         if parts.fragment or "@" in parts.netloc:

@@ -40,7 +40,6 @@ logger = logging.getLogger(__name__)
 PIECE_NBYTES: Final = 4 << 20
 MIN_PIECE_NBYTES: Final = 256 << 10
 _PIECE_RANGES: Final = 4096
-_DEPTH: Final = 8  # pieces in flight a stream; more wait here, where a LOAD can overtake them
 _URGENT: Final = -1
 _REPLY_TO: Final = {Opcode.READ: Frame.READ_REPLY, Opcode.WRITE: Frame.WRITE_REPLY}
 
@@ -254,8 +253,8 @@ class TcpEndpoint(Endpoint):
     def _dispatch(self) -> None:
         while self._waiting and not self._closed:
             stream = min(self._streams, key=lambda s: s.in_flight)
-            if stream.in_flight >= _DEPTH:
-                return
+            if stream.in_flight >= wire.MAX_DEPTH:
+                return  # the rest waits here, where a LOAD can overtake it
             piece = heapq.heappop(self._waiting)[2]
             if piece.operation.cancelled:
                 self._finish_piece(piece, None)

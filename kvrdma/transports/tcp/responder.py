@@ -16,7 +16,7 @@ from kvrdma.transports.tcp.iovec import make_iovecs
 from kvrdma.transports.tcp.stream import OutFrame, Stream
 from kvrdma.transports.tcp.wire import Frame, Header
 
-MAX_REPLIES_QUEUED: Final = 256
+MAX_REPLIES_QUEUED: Final = wire.MAX_STREAMS * wire.MAX_DEPTH
 
 _Key = tuple[Stream, int]
 

@@ -292,10 +292,10 @@ def parse_address(address: str, *, allow_zero: bool = False) -> tuple[str, int]:
     if allow_zero and address.endswith(":0"):
         host, _ = parse_address(address[:-1] + "1")
         return host, 0
-    hosts = Url.parse(f"tcp://{address}").hosts
-    if len(hosts) != 1 or hosts[0][1] is None:
+    url = Url.parse(f"tcp://{address}")
+    if len(url.hosts) != 1 or url.hosts[0][1] is None or url.path or url.options:
         raise ConfigError(f"tcp: {address!r} is not host:port")
-    return hosts[0][0], hosts[0][1]
+    return url.hosts[0][0], url.hosts[0][1]
 
 
 def _tune(sock: socket.socket) -> None:

@@ -25,6 +25,7 @@ MAX_REGIONS: Final = 1 << 12
 MAX_PAYLOAD: Final = 64 << 20
 MAX_TICKET: Final = 32
 MAX_STREAMS: Final = 64
+MAX_DEPTH: Final = 8  # requests that may wait for their reply on one stream
 SESSION_NBYTES: Final = 16
 
 _MAGIC: Final = b"kvrtcp"

@@ -1,0 +1,613 @@
+"""The tcp transport's frames, its iovecs, the checks of a peer's ranges, and what a peer that misbehaves can do."""
+
+import contextlib
+import logging
+import socket
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvrdma.errors import ClosedError, ConfigError, DeadlineError, ProtocolError
+from kvrdma.memory import Memory
+from kvrdma.transports import Endpoint, Opcode, Rights, TransferBatch
+from kvrdma.transports.regions import TOKEN_NBYTES, RangeStatus, RegionTable
+from kvrdma.transports.tcp import TcpTransport, wire
+from kvrdma.transports.tcp.iovec import IoCursor, make_iovecs
+from kvrdma.transports.tcp.loop import IoLoop
+from kvrdma.transports.tcp.transport import parse_address
+from kvrdma.transports.tcp.wire import Frame, Greeting, Header
+
+PATIENCE_S = 30.0
+INT64 = st.integers(-(1 << 63), (1 << 63) - 1)
+EDGES = st.sampled_from([-(1 << 63), -1, 0, 1, 99, 100, 101, (1 << 62), (1 << 63) - 100, (1 << 63) - 1])
+
+
+def column(*values: int) -> np.ndarray:
+    return np.array(values, dtype=np.int64)
+
+
+# -- greeting
+
+
+@given(
+    session=st.binary(min_size=16, max_size=16),
+    count=st.integers(1, wire.MAX_STREAMS),
+    data=st.data(),
+    ticket=st.binary(max_size=wire.MAX_TICKET),
+)
+def test_a_greeting_comes_back(session: bytes, count: int, data: st.DataObject, ticket: bytes) -> None:
+    greeting = Greeting(session, data.draw(st.integers(0, count - 1)), count, ticket)
+    raw = greeting.encode()
+    assert len(raw) == wire.GREETING_NBYTES
+    assert Greeting.decode(raw) == greeting
+
+
+@given(raw=st.binary(min_size=wire.GREETING_NBYTES, max_size=wire.GREETING_NBYTES))
+def test_a_greeting_of_anybody_else_is_refused(raw: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        Greeting.decode(raw)
+
+
+@pytest.mark.parametrize(("index", "count"), [(1, 1), (0, 0), (3, 2), (0, 65), (65535, 65535)])
+def test_a_greeting_with_impossible_numbers_is_refused(index: int, count: int) -> None:
+    with pytest.raises(ProtocolError):
+        Greeting.decode(Greeting(b"s" * 16, index, count, b"").encode())
+
+
+def test_another_version_is_named_with_ours() -> None:
+    other = struct.pack("<6sH", b"kvrtcp", 7)
+    for call in (
+        lambda: wire.check_answer(other),
+        lambda: Greeting.decode(other + Greeting(b"s" * 16, 0, 1, b"").encode()[8:]),
+    ):
+        with pytest.raises(ProtocolError, match=rf"version 7.*{wire.VERSION}"):
+            call()
+    with pytest.raises(ProtocolError, match="does not speak"):
+        wire.check_answer(b"HTTP/1.1")
+    wire.check_answer(wire.answer())
+
+
+# -- headers and bodies
+
+
+@given(
+    frame=st.sampled_from(Frame),
+    priority=st.integers(0, 255),
+    n_regions=st.integers(0, wire.MAX_REGIONS),
+    n_ranges=st.integers(0, wire.MAX_RANGES),
+    op=st.integers(0, (1 << 64) - 1),
+    payload=st.integers(0, wire.MAX_PAYLOAD),
+)
+def test_a_header_comes_back(frame: Frame, priority: int, n_regions: int, n_ranges: int, op: int, payload: int) -> None:
+    if frame not in {Frame.READ_REPLY, Frame.WRITE_REQUEST}:
+        payload = 0
+    header = Header(frame, priority, n_regions, n_ranges, op, payload)
+    raw = header.encode()
+    assert len(raw) == wire.HEADER_NBYTES
+    assert Header.decode(raw) == header
+
+
+@given(raw=st.binary(min_size=wire.HEADER_NBYTES, max_size=wire.HEADER_NBYTES))
+def test_any_header_is_read_or_refused_and_small(raw: bytes) -> None:
+    """Whatever a peer announces, we allocate little for it."""
+    try:
+        header = Header.decode(raw)
+    except ProtocolError:
+        return
+    assert header.encode() == raw
+    assert header.body_nbytes <= wire.MAX_REGIONS * TOKEN_NBYTES + wire.MAX_RANGES * 24
+    assert header.payload_nbytes <= wire.MAX_PAYLOAD
+
+
+@pytest.mark.parametrize(
+    ("frame", "n_regions", "n_ranges", "payload"),
+    [
+        (Frame.READ_REQUEST, wire.MAX_REGIONS + 1, 1, 0),
+        (Frame.READ_REQUEST, 1, wire.MAX_RANGES + 1, 0),
+        (Frame.WRITE_REQUEST, 1, 1, wire.MAX_PAYLOAD + 1),
+        (Frame.READ_REQUEST, 1, 1, 1),
+        (Frame.WRITE_REPLY, 0, 1, 1),
+        (Frame.CANCEL, 0, 0, 1),
+    ],
+)
+def test_a_header_that_asks_too_much_is_refused(frame: Frame, n_regions: int, n_ranges: int, payload: int) -> None:
+    with pytest.raises(ProtocolError):
+        Header.decode(Header(frame, 0, n_regions, n_ranges, 1, payload).encode())
+
+
+@given(
+    tokens=st.lists(st.binary(min_size=TOKEN_NBYTES, max_size=TOKEN_NBYTES), max_size=5),
+    rows=st.lists(st.tuples(INT64, INT64, INT64), max_size=8),
+)
+def test_a_request_comes_back(tokens: list[bytes], rows: list[tuple[int, int, int]]) -> None:
+    columns = np.array(rows, dtype=np.int64).reshape(-1, 3).T
+    raw = wire.encode_request(Frame.READ_REQUEST, 9, 1, tokens, *columns, 0)
+    header = Header.decode(raw[: wire.HEADER_NBYTES])
+    body = raw[wire.HEADER_NBYTES :]
+    assert header.body_nbytes == len(body)
+    got_tokens, *got = wire.decode_request(header, body)
+    assert got_tokens == tokens
+    np.testing.assert_array_equal(np.array(got), columns)
+
+
+# -- iovecs
+
+
+@given(
+    ranges=st.lists(st.tuples(st.integers(0, 60), st.integers(1, 12)), min_size=1, max_size=20),
+)
+def test_merged_iovecs_name_the_same_bytes(ranges: list[tuple[int, int]]) -> None:
+    """In the same order; no two neighbours that touch are left apart."""
+    addresses, nbytes = (np.array(part, dtype=np.int64) for part in zip(*ranges, strict=True))
+    merged = make_iovecs(addresses, nbytes)
+
+    def every_byte(pairs: list[tuple[int, int]]) -> list[int]:
+        return [address + i for address, size in pairs for i in range(size)]
+
+    assert every_byte([tuple(pair) for pair in merged.tolist()]) == every_byte(ranges)
+    ends = merged[:-1].sum(axis=1)
+    assert not (ends == merged[1:, 0]).any()
+    assert make_iovecs(addresses[:0], nbytes[:0]).shape == (0, 2)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_vectored_io_in_any_portions(seed: int) -> None:
+    """More iovecs than one call takes, sent and received piecemeal through a small socket buffer."""
+    rng = np.random.default_rng(seed)
+    n = 3000
+    sizes = rng.integers(1, 200, n)
+    origin = np.frombuffer(bytearray(rng.bytes(n * 400)), dtype=np.uint8)
+    goal = np.zeros(n * 400, dtype=np.uint8)
+    source, target = rng.permutation(n) * 400, rng.permutation(n) * 400
+    expected = goal.copy()
+    for to, start, size in zip(target, source, sizes, strict=True):
+        expected[to : to + size] = origin[start : start + size]
+    left, right = socket.socketpair()
+    with left, right:
+        for sock in (left, right):
+            sock.setblocking(False)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        out = IoCursor(make_iovecs(origin.ctypes.data + source, sizes), origin)
+        into = IoCursor(make_iovecs(goal.ctypes.data + target, sizes), goal)
+        while into.done < into.total:
+            sent = out.send(left.fileno()) if out.done < out.total else 0
+            received = into.receive(right.fileno())
+            assert max(sent, received) > 0
+        assert out.done == out.total == into.total == int(sizes.sum())
+        np.testing.assert_array_equal(goal, expected)
+        assert into.receive(right.fileno()) == -1
+
+
+# -- what a peer may touch
+
+
+@given(
+    ranges=st.lists(st.tuples(st.integers(-2, 4) | INT64, EDGES | INT64, EDGES | INT64), min_size=1, max_size=12),
+    need=st.sampled_from([Rights.READ, Rights.WRITE]),
+)
+def test_no_range_reaches_outside_its_region(ranges: list[tuple[int, int, int]], need: Rights) -> None:
+    """Against an oracle in integers without a limit: offsets near 2^63 must not wrap around into a region."""
+    table = RegionTable("test")
+    arrays = [np.zeros(100, dtype=np.uint8) for _ in range(3)]
+    regions = [table.register(Memory.of(array)) for array in arrays]
+    granted = [Rights.READ, Rights.WRITE, Rights.READ | Rights.WRITE]
+    exports = [table.export(region, rights) for region, rights in zip(regions, granted, strict=True)]
+    table.revoke(exports[2])
+    rows, offsets, nbytes = (np.array(part, dtype=np.int64) for part in zip(*ranges, strict=True))
+    status, addresses, _ = table.resolve([export.token for export in exports], rows, offsets, nbytes, need)
+    for i, (row, offset, size) in enumerate(ranges):
+        if not 0 <= row < 2:
+            expected = RangeStatus.BAD_KEY
+        elif need not in granted[row]:
+            expected = RangeStatus.NO_RIGHT
+        elif not (size >= 1 and offset >= 0 and offset + size <= 100):
+            expected = RangeStatus.BAD_BOUNDS
+        else:
+            expected = RangeStatus.OK
+        assert status[i] == expected
+        assert addresses[i] == (arrays[row].ctypes.data + offset if expected is RangeStatus.OK else 0)
+
+
+def test_no_tokens_at_all() -> None:
+    status, addresses, memories = RegionTable("test").resolve([], column(0, 1), column(0, 0), column(1, 1), Rights.READ)
+    assert status.tolist() == [RangeStatus.BAD_KEY] * 2
+    assert addresses.tolist() == [0, 0]
+    assert memories == []
+
+
+def test_a_guessed_number_is_no_key() -> None:
+    table = RegionTable("test")
+    export = table.export(table.register(Memory.of(bytearray(8))), Rights.READ)
+    number = export.token[:4]
+    table.revoke(type(export)("test", 8, number + bytes(16)))
+    status, _, _ = table.resolve(
+        [number + bytes(16), export.token], column(0, 1), column(0, 0), column(1, 1), Rights.READ
+    )
+    assert status.tolist() == [RangeStatus.BAD_KEY, RangeStatus.OK]
+
+
+# -- addresses
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("h:1", ("h", 1)), ("127.0.0.1:65535", ("127.0.0.1", 65535)), ("[::1]:80", ("::1", 80))]
+)
+def test_addresses(text: str, expected: tuple[str, int]) -> None:
+    assert parse_address(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["", "h", "h:", ":1", "h:0", "h:65536", "h:x", "a:1,b:2", "[::1", "u@h:1", "h:1/path", "h:1?a=b"]
+)
+def test_what_is_no_address(text: str) -> None:
+    with pytest.raises(ConfigError):
+        parse_address(text)
+
+
+def test_port_zero_is_for_listeners() -> None:
+    assert parse_address("127.0.0.1:0", allow_zero=True) == ("127.0.0.1", 0)
+    assert parse_address("[::1]:0", allow_zero=True) == ("::1", 0)
+
+
+@pytest.mark.parametrize("streams", [0, -1, 65])
+def test_an_impossible_number_of_streams(streams: int) -> None:
+    before = threading.active_count()
+    with pytest.raises(ConfigError, match="streams"):
+        TcpTransport(streams=streams)
+    assert threading.active_count() == before
+
+
+# -- peers that misbehave, spoken to over real sockets
+
+
+def receive(sock: socket.socket, n: int) -> bytes:
+    """Exactly n bytes; fewer where the other side ends first."""
+    raw = bytearray()
+    while len(raw) < n and (part := sock.recv(n - len(raw))):
+        raw += part
+    return bytes(raw)
+
+
+@contextmanager
+def guest(address: str, *, ticket: bytes = b"", session: bytes = b"s" * 16) -> Iterator[socket.socket]:
+    """A raw stream to a listener, greeted and answered."""
+    host, port = parse_address(address)
+    with socket.create_connection((host, port), timeout=PATIENCE_S) as sock:
+        sock.sendall(Greeting(session, 0, 1, ticket).encode())
+        wire.check_answer(receive(sock, wire.ANSWER_NBYTES))
+        yield sock
+
+
+def gone(sock: socket.socket) -> bool:
+    """Whether the other side has closed a connection; what it still sent is skipped."""
+    try:
+        while sock.recv(1 << 16):
+            pass
+    except ConnectionError:
+        pass
+    return True
+
+
+@pytest.fixture
+def serving() -> Iterator[TcpTransport]:
+    with TcpTransport() as transport:
+        yield transport
+
+
+def requests() -> dict[str, bytes]:
+    token = bytes(TOKEN_NBYTES)
+    one = (column(0), column(0), column(8))
+    huge = (1 << 62) + 1
+    return {
+        "an unknown frame": b"\xff" * wire.HEADER_NBYTES,
+        "a reply to nothing": Header(Frame.READ_REPLY, 0, 0, 1, 5, 0).encode() + b"\0",
+        "a write reply to nothing": Header(Frame.WRITE_REPLY, 0, 0, 1, 5, 0).encode() + b"\0",
+        "a huge range": wire.encode_request(Frame.READ_REQUEST, 1, 0, [token], column(0), column(0), column(huge), 0),
+        "a write without a payload": wire.encode_request(Frame.WRITE_REQUEST, 1, 0, [token], *one, 0),
+        "a write that is longer than its ranges": wire.encode_request(Frame.WRITE_REQUEST, 1, 0, [token], *one, 9),
+        "a write of nothing": wire.encode_request(Frame.WRITE_REQUEST, 1, 0, [token], column(), column(), column(), 0),
+        "a write of ranges that cancel out": wire.encode_request(
+            Frame.WRITE_REQUEST, 1, 0, [token], column(0, 0), column(0, 0), column(16, -8), 8
+        ),
+        "a write whose sum wraps around": wire.encode_request(
+            Frame.WRITE_REQUEST,
+            1,
+            0,
+            [token],
+            *(np.zeros(5, dtype=np.int64),) * 2,
+            column(1 << 62, 1 << 62, 1 << 62, 1 << 62, 8),
+            8,
+        ),
+        "one number for two reads": b"".join(
+            wire.encode_request(Frame.READ_REQUEST, 7, 0, [token], *(np.zeros(4, dtype=np.int64),) * 3, 0)
+            for _ in range(1)
+        )
+        + b"\xff" * wire.HEADER_NBYTES,
+    }
+
+
+@pytest.mark.parametrize("what", requests())
+def test_a_peer_that_breaks_the_protocol_is_left(
+    serving: TcpTransport, caplog: pytest.LogCaptureFixture, what: str
+) -> None:
+    """Its connection ends with one line in the log, others live on, and nothing is an unexpected exception."""
+    listener = serving.listen("127.0.0.1:0")
+    ended = threading.Event()
+    listener.on_endpoint(lambda endpoint: endpoint.add_close_callback(ended.set))
+    with guest(listener.contact_address) as sock:
+        sock.sendall(requests()[what])
+        assert gone(sock)
+    assert ended.wait(PATIENCE_S)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    with guest(listener.contact_address, session=b"t" * 16):
+        pass
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_any_bytes_end_at_most_their_own_connection(
+    serving: TcpTransport, caplog: pytest.LogCaptureFixture, seed: int
+) -> None:
+    """Random frames, half of them with a plausible header."""
+    rng = np.random.default_rng(seed)
+    listener = serving.listen("127.0.0.1:0")
+    region = serving.register(Memory.of(bytearray(100)))
+    token = serving.export(region, Rights.READ).token
+    with guest(listener.contact_address) as sock:
+        parts = []
+        for op in range(20):
+            frame = Frame(int(rng.integers(1, 6)))
+            n_regions, n_ranges = int(rng.integers(0, 3)), int(rng.integers(0, 4))
+            ranges = rng.choice([0, 0, 1, 8, 100, -1, 1 << 62], 3 * n_ranges).astype("<i8")
+            payload = int(rng.integers(1, 40)) if frame in {Frame.WRITE_REQUEST, Frame.READ_REPLY} else 0
+            header = Header(frame, 0, n_regions, n_ranges, op, payload)
+            body = token * n_regions + ranges.tobytes()
+            parts.append(header.encode() + body[: header.body_nbytes].ljust(header.body_nbytes, b"\0") + bytes(payload))
+        try:
+            sock.sendall(b"".join(parts) + rng.bytes(100))
+            sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass  # it was quicker
+        assert gone(sock)
+    assert all(record.levelno <= logging.WARNING for record in caplog.records)
+    with guest(listener.contact_address, session=b"t" * 16):
+        pass
+
+
+def test_a_read_of_nothing_is_answered(serving: TcpTransport) -> None:
+    listener = serving.listen("127.0.0.1:0")
+    with guest(listener.contact_address) as sock:
+        sock.sendall(wire.encode_request(Frame.READ_REQUEST, 3, 0, [], column(), column(), column(), 0))
+        header = Header.decode(receive(sock, wire.HEADER_NBYTES))
+        assert (header.frame, header.op, header.n_ranges, header.payload_nbytes) == (Frame.READ_REPLY, 3, 0, 0)
+
+
+def test_guests_that_leave_at_once(serving: TcpTransport, caplog: pytest.LogCaptureFixture) -> None:
+    """Reset right after the greeting, or in the middle of it: no socket leaks, no exception, others are served."""
+    listener = serving.listen("127.0.0.1:0")
+    host, port = parse_address(listener.contact_address)
+    raw = Greeting(b"s" * 16, 0, 1, b"").encode()
+    for i in range(60):
+        sock = socket.create_connection((host, port), timeout=PATIENCE_S)
+        sock.sendall(raw[: len(raw) if i % 2 else i % len(raw)])
+        if i % 3:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        sock.close()
+    with guest(listener.contact_address, ticket=b"last", session=b"t" * 16):
+        pass
+    assert all(record.levelno < logging.WARNING for record in caplog.records)
+
+
+def test_a_guest_of_another_version_is_told_ours(serving: TcpTransport) -> None:
+    listener = serving.listen("127.0.0.1:0")
+    with socket.create_connection(parse_address(listener.contact_address), timeout=PATIENCE_S) as sock:
+        raw = bytearray(Greeting(b"s" * 16, 0, 1, b"").encode())
+        raw[6] = 200
+        sock.sendall(raw)
+        assert receive(sock, wire.ANSWER_NBYTES) == wire.answer()
+        assert gone(sock)
+
+
+def answered_by(raw: bytes) -> tuple[socket.socket, threading.Thread]:
+    """A server that answers whoever connects with these bytes."""
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        sock, _ = server.accept()
+        with sock:
+            receive(sock, wire.GREETING_NBYTES)
+            sock.sendall(raw)
+            gone(sock)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    return server, thread
+
+
+@pytest.mark.parametrize(
+    ("raw", "error", "text"),
+    [
+        (b"HTTP/1.1 400 Bad Request", ProtocolError, "does not speak"),
+        (struct.pack("<6sH", b"kvrtcp", 9), ProtocolError, "version 9"),
+    ],
+)
+def test_connect_to_somebody_else(serving: TcpTransport, raw: bytes, error: type[Exception], text: str) -> None:
+    server, thread = answered_by(raw)
+    with server, pytest.raises(error, match=text):
+        serving.connect(f"127.0.0.1:{server.getsockname()[1]}", timeout=PATIENCE_S)
+    thread.join(PATIENCE_S)
+
+
+def test_connect_to_somebody_who_says_nothing(serving: TcpTransport) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, pytest.raises(DeadlineError):
+        serving.connect(f"127.0.0.1:{server.getsockname()[1]}", timeout=0.1)
+
+
+@contextmanager
+def peer_that_answers(reply: bytes) -> Iterator[tuple[TcpTransport, Endpoint]]:
+    """An endpoint whose peer answers the first request with these bytes, and then reads on."""
+    with socket.create_server(("127.0.0.1", 0)) as server, TcpTransport() as transport:
+
+        def serve() -> None:
+            sock, _ = server.accept()
+            with sock:
+                receive(sock, wire.GREETING_NBYTES)
+                sock.sendall(wire.answer())
+                receive(sock, wire.HEADER_NBYTES)
+                sock.sendall(reply)
+                gone(sock)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        endpoint = transport.connect(f"127.0.0.1:{server.getsockname()[1]}", timeout=PATIENCE_S)
+        yield transport, endpoint
+        endpoint.abort()
+        thread.join(PATIENCE_S)
+
+
+ALL_OK = bytes(1)
+REPLIES = {
+    "another number": Header(Frame.READ_REPLY, 0, 0, 1, 99, 8).encode() + ALL_OK + b"w" * 8,
+    "another opcode": Header(Frame.WRITE_REPLY, 0, 0, 1, 1, 0).encode() + ALL_OK,
+    "too few ranges": Header(Frame.READ_REPLY, 0, 0, 0, 1, 8).encode() + b"w" * 8,
+    "too many bytes": Header(Frame.READ_REPLY, 0, 0, 1, 1, 9).encode() + ALL_OK + b"w" * 9,
+    "too few bytes": Header(Frame.READ_REPLY, 0, 0, 1, 1, 7).encode() + ALL_OK + b"w" * 7,
+    "no bytes": Header(Frame.READ_REPLY, 0, 0, 1, 1, 0).encode() + ALL_OK,
+    "bytes of a range that failed": Header(Frame.READ_REPLY, 0, 0, 1, 1, 8).encode() + b"\1" + b"w" * 8,
+    "a body that never ends": Header(Frame.READ_REPLY, 0, 0, 1, 1, 8).encode(),
+}
+
+
+@pytest.mark.parametrize("what", [name for name in REPLIES if name != "a body that never ends"])
+def test_a_reply_that_makes_no_sense_writes_nothing(what: str) -> None:
+    """The transfer is terminal and false, the memory untouched, the endpoint closed."""
+    with peer_that_answers(REPLIES[what]) as (transport, endpoint):
+        array = np.zeros(64, dtype=np.uint8)
+        region = transport.register(Memory.of(array))
+        remote = transport.export(region, Rights.READ)
+        batch = TransferBatch(Opcode.READ, [region], [remote], column(0), column(16), column(0), column(0), column(8))
+        transfer = endpoint.post(batch)
+        assert not transfer.result(PATIENCE_S).any()
+        assert transfer.error is not None
+        assert endpoint.closed()
+        assert not array.any()
+
+
+def test_a_reply_that_never_ends_is_ended() -> None:
+    with peer_that_answers(REPLIES["a body that never ends"]) as (transport, endpoint):
+        region = transport.register(Memory.of(bytearray(64)))
+        remote = transport.export(region, Rights.READ)
+        batch = TransferBatch(Opcode.READ, [region], [remote], column(0), column(16), column(0), column(0), column(8))
+        transfer = endpoint.post(batch, timeout=0.1)
+        assert not transfer.result(PATIENCE_S).any()
+        assert isinstance(transfer.error, DeadlineError)
+        assert endpoint.closed()
+
+
+def test_a_slow_reader_on_as_many_streams_as_there_can_be(serving: TcpTransport) -> None:
+    """Eight requests a stream is what an endpoint sends: that is no attack, however slowly their replies are read."""
+    listener = serving.listen("127.0.0.1:0")
+    size, depth = 4 << 20, wire.MAX_DEPTH
+    origin = np.frombuffer(bytearray(np.random.default_rng(0).bytes(size)), dtype=np.uint8)
+    token = serving.export(serving.register(Memory.of(origin)), Rights.READ).token
+    with contextlib.ExitStack() as stack:
+        socks = []
+        for index in range(wire.MAX_STREAMS):
+            sock = stack.enter_context(socket.socket())
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.settimeout(PATIENCE_S)
+            sock.connect(parse_address(listener.contact_address))
+            sock.sendall(Greeting(b"s" * 16, index, wire.MAX_STREAMS, b"").encode())
+            socks.append(sock)
+        for sock in socks:
+            wire.check_answer(receive(sock, wire.ANSWER_NBYTES))
+        for sock in socks:
+            sock.sendall(
+                b"".join(
+                    wire.encode_request(Frame.READ_REQUEST, op, 0, [token], column(0), column(0), column(size), 0)
+                    for op in range(depth)
+                )
+            )
+        endpoint = listener.accept(timeout=PATIENCE_S)
+        for sock in socks:
+            assert Header.decode(receive(sock, wire.HEADER_NBYTES)).frame is Frame.READ_REPLY
+        assert receive(socks[-1], 1 + size) == b"\0" + origin.tobytes()
+        assert not endpoint.closed()
+
+
+# -- the loop
+
+
+def test_calls_after_the_loops_end_are_refused() -> None:
+    """Its descriptors may belong to somebody else by then."""
+    loop = IoLoop("test")
+    ran: list[int] = []
+    loop.run(lambda: ran.append(1))
+    loop.close()
+    loop.close()
+    with pytest.raises(ClosedError):
+        loop.call_soon(lambda: ran.append(2))
+    loop.run(lambda: ran.append(3))
+    assert ran == [1, 3]
+
+
+def test_what_was_posted_before_the_end_runs() -> None:
+    for _ in range(50):
+        loop = IoLoop("test")
+        ran: list[int] = []
+        accepted = 0
+
+        def post(loop: IoLoop = loop, ran: list[int] = ran) -> int:
+            n = 0
+            try:
+                while True:
+                    loop.call_soon(lambda: ran.append(1))
+                    n += 1
+            except ClosedError:
+                return n
+
+        results: list[int] = []
+        thread = threading.Thread(target=lambda post=post, results=results: results.append(post()))
+        thread.start()
+        loop.close()
+        thread.join(PATIENCE_S)
+        accepted = results[0]
+        assert len(ran) == accepted
+
+
+def test_a_loop_may_be_closed_from_its_own_thread() -> None:
+    loop = IoLoop("test")
+    closed = threading.Event()
+
+    def close() -> None:
+        loop.close()
+        closed.set()
+
+    loop.call_soon(close)
+    assert closed.wait(PATIENCE_S)
+    loop.close()
+    with pytest.raises(ClosedError):
+        loop.call_soon(closed.set)
+
+
+def test_timers_fire_in_order_and_can_be_taken_back() -> None:
+    loop = IoLoop("test")
+    fired: list[str] = []
+    done = threading.Event()
+
+    def start() -> None:
+        now = time.monotonic()
+        loop.call_at(now + 0.02, lambda: (fired.append("second"), done.set()))
+        loop.call_at(now + 0.01, lambda: fired.append("first"))
+        loop.call_at(now + 0.005, lambda: fired.append("never")).cancel()
+
+    loop.call_soon(start)
+    assert done.wait(PATIENCE_S)
+    assert fired == ["first", "second"]
+    loop.close()
