@@ -40,6 +40,7 @@ class Hit:
     def __init__(self, manager: KVCacheManager, slots: Sequence[Slot], block_tokens: int) -> None:
         self._manager = manager
         self._slots = list(slots)
+        self._memories = manager.pool.memories  # the views point at something though the manager is closed first
         self.n_blocks = len(slots)
         self.n_tokens = len(slots) * block_tokens
         self.views = [_read_only(manager.pool.view(slot.number)) for slot in slots]
@@ -55,7 +56,7 @@ class Hit:
     def close(self) -> None:
         """Let the blocks go. Idempotent."""
         slots, self._slots = self._slots, []
-        self.views = []
+        self.views, self._memories = [], ()
         self._manager._let_go(slots)
 
     def __len__(self) -> int:
@@ -80,6 +81,7 @@ class Reservation:
     def __init__(self, manager: KVCacheManager, slots: Sequence[Slot], rows: Sequence[int]) -> None:
         self._manager = manager
         self._slots: list[Slot] | None = list(slots)
+        self._memories = manager.pool.memories  # as in a hit
         self.rows = list(rows)
         self.views = [manager.pool.view(slot.number) for slot in slots]
 
@@ -88,14 +90,14 @@ class Reservation:
         if self._slots is None:
             raise ClosedError("reservation: committed or given up already")
         slots, self._slots = self._slots, None
-        self.views = []
+        self.views, self._memories = [], ()
         return self._manager._commit(slots, timeout)
 
     def give_up(self) -> None:
         """Leave nothing. Idempotent."""
         if self._slots is not None:
             slots, self._slots = self._slots, None
-            self.views = []
+            self.views, self._memories = [], ()
             self._manager._give_up(slots)
 
     def __enter__(self) -> Self:
@@ -178,8 +180,8 @@ class KVCacheManager:
         request = f"acquire-{next(self._requests)}"
         deadline = time.monotonic() + timeout
         with self._changed:
-            self._check_open()
             while True:
+                self._check_open()
                 self._pump()
                 late = time.monotonic() >= deadline
                 offer = self._index.lookup(request, keys, 0, ready_only=late)
@@ -252,6 +254,7 @@ class KVCacheManager:
             if self._closed:
                 return
             self._closed = True
+            self._changed.notify_all()
         self._agent.close(timeout=timeout)
         if self._prober is not None:
             self._prober.close()
@@ -271,6 +274,8 @@ class KVCacheManager:
 
     def _pump(self) -> None:
         """Carry what is new between index, agent and prober, until there is nothing new."""
+        if self._closed:
+            return
         if self._prober is not None:
             for answer in self._prober.poll():
                 self._index.on_probe(answer)
@@ -287,14 +292,14 @@ class KVCacheManager:
     def _wake(self) -> None:
         """Something is new; called on the agent's and the prober's threads."""
         with self._changed:
-            if not self._closed:
-                self._pump()
+            self._pump()
             self._changed.notify_all()
 
     def _wait(self, condition: Callable[[], bool], timeout: float) -> bool:
         deadline = time.monotonic() + timeout
         with self._changed:
             while True:
+                self._check_open()
                 self._pump()
                 if condition():
                     return True
