@@ -41,8 +41,11 @@ class BlockKey(bytes):
     def external(cls, keyspace: KeySpace, engine: str, opaque: bytes, *, parent: bytes | None = None) -> BlockKey:
         """Name a block by an engine's own hash, for engines that give no tokens.
 
-        The domain is apart from that of token hashes: no choice of `opaque` meets one of them.
+        The domain is apart from that of token hashes: no choice of `opaque` meets one of them. Raises
+        `ConfigError` where `parent` is no key.
         """
+        if parent is not None and len(parent) != KEY_NBYTES:
+            raise ConfigError(f"external key: the parent must be a key of {KEY_NBYTES} bytes, not {len(parent)}")
         name = engine.encode()
         message = b"".join(
             (
@@ -88,7 +91,7 @@ class KeySpace:
             raise ConfigError("key space: kv_dtype must be the resolved type (such as bfloat16), not 'auto'")
         if self.block_tokens < 1:
             raise ConfigError(f"key space: block_tokens must be at least 1, not {self.block_tokens}")
-        if len(self.epoch) != 2 * EPOCH_NBYTES:
+        if len(self.epoch) != 2 * EPOCH_NBYTES or set(self.epoch) - set("0123456789abcdef"):
             raise ConfigError(f"key space: epoch must be {2 * EPOCH_NBYTES} hex digits, not {self.epoch!r}")
 
     @property

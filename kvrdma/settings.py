@@ -31,7 +31,7 @@ T = TypeVar("T")
 def nearest(name: str, known: Iterable[str]) -> str:
     """Say which known name was probably meant: `; did you mean 'x'?`, or list what there is."""
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(names) or 'none'}"
 
 
