@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from processes import EngineProcess, ProcessFailed, Server
+from processes import EngineProcess, ProcessError, Server
 from rich.console import Console
 from rich.table import Table
 
@@ -30,7 +30,7 @@ PUT_TIMEOUT_S = 30.0
 progress = Console(stderr=True)
 
 
-class StepFailed(Exception):
+class StepError(Exception):
     """A step of the demo did not do what it should."""
 
 
@@ -40,8 +40,8 @@ def step(name: str) -> Iterator[None]:
     try:
         with progress.status(name):
             yield
-    except (ProcessFailed, StepFailed, OSError, ValueError) as error:
-        raise StepFailed(f"step '{name}': {error}") from error
+    except (ProcessError, StepError, OSError, ValueError) as error:
+        raise StepError(f"step '{name}': {error}") from error
     progress.print(f"[green]done[/green] {name} ({time.monotonic() - started:.1f} s)")
 
 
@@ -52,7 +52,7 @@ def prompts(engine: EngineProcess) -> tuple[list[int], list[int]]:
     words = " ".join(reversed(text.split()))
     other = engine.ask("encode", text=f"What is wrong with this text?\n\n{words}")["tokens"]
     if min(len(tokens), len(other)) < N_PROMPT_TOKENS:
-        raise StepFailed(f"the prompts have only {len(tokens)} and {len(other)} tokens")
+        raise StepError(f"the prompts have only {len(tokens)} and {len(other)} tokens")
     return tokens[:N_PROMPT_TOKENS], other[:N_PROMPT_TOKENS]
 
 
@@ -61,7 +61,7 @@ def wait_for_pool(server: Server, n_blocks: int) -> None:
     deadline = time.monotonic() + PUT_TIMEOUT_S
     while (stored := server.stats().get("blocks", 0)) < n_blocks:
         if time.monotonic() > deadline:
-            raise StepFailed(f"the pool has {stored} blocks after {PUT_TIMEOUT_S} s, {n_blocks} were expected")
+            raise StepError(f"the pool has {stored} blocks after {PUT_TIMEOUT_S} s, {n_blocks} were expected")
         time.sleep(0.05)
 
 
@@ -74,7 +74,7 @@ def overheads(ours: EngineProcess, plain: EngineProcess, prompt: list[int]) -> d
         for name, engine in order if pair % 2 else reversed(order):
             answer = engine.generate(fresh, max_tokens=N_ANSWER_TOKENS, id=f"{name}-{pair}")
             if answer["cached_tokens"]:
-                raise StepFailed(f"a prompt that should have missed found {answer['cached_tokens']} tokens")
+                raise StepError(f"a prompt that should have missed found {answer['cached_tokens']} tokens")
             samples[name].append(answer)
     median = {
         (name, key): statistics.median(answer[key] for answer in answers)
@@ -113,14 +113,14 @@ def run(*, baseline: bool) -> dict[str, Any]:
             warm = b.generate(prompt, max_tokens=N_ANSWER_TOKENS, id="warm")
             after = server.stats()
             if warm["kvrdma"]["kvrdma.loaded_tokens"] < 0.9 * len(prompt):
-                raise StepFailed(f"only {warm['kvrdma']['kvrdma.loaded_tokens']} of {len(prompt)} tokens were loaded")
+                raise StepError(f"only {warm['kvrdma']['kvrdma.loaded_tokens']} of {len(prompt)} tokens were loaded")
         with step("all tiers emptied, engine B computes again"):
             server.close()
             server = stack.enter_context(Server(port=server.port))  # a new pool, with nothing in it
             b.ask("reset", connector=True)
             emptied = b.generate(prompt, max_tokens=N_ANSWER_TOKENS, id="emptied")
             if emptied["cached_tokens"] or emptied["kvrdma"]["kvrdma.loaded_tokens"]:
-                raise StepFailed(f"{emptied['cached_tokens']} tokens came from a cache that should be empty")
+                raise StepError(f"{emptied['cached_tokens']} tokens came from a cache that should be empty")
         result: dict[str, Any] = {
             "identical_output": warm["tokens"] == local["tokens"],
             "same_as_cold": warm["tokens"] == cold["tokens"],
@@ -144,7 +144,7 @@ def run(*, baseline: bool) -> dict[str, Any]:
                 result |= overheads(b, plain, prompt)
         if not result["identical_output"]:
             print(json.dumps(result))
-            raise StepFailed("engine B's answer is not the one that A gave from its own prefix cache")
+            raise StepError("engine B's answer is not the one that A gave from its own prefix cache")
         return result
 
 
@@ -188,7 +188,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: what was started is ended
     try:
         result = run(baseline=arguments.baseline)
-    except StepFailed as error:
+    except StepError as error:
         print(f"demo failed: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

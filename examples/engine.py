@@ -47,6 +47,9 @@ class Engine:
                 seed=0,
                 tensor_parallel_size=options.get("tensor_parallel_size", 1),
                 num_gpu_blocks_override=options.get("num_blocks"),
+                # With a connector vLLM runs the CPU worker in a process of its own; so it does without one here,
+                # or a comparison would measure that.
+                distributed_executor_backend="mp",
                 kv_transfer_config=transfer,
             )
         )

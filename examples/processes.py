@@ -18,7 +18,7 @@ START_TIMEOUT_S = 180.0
 TAIL_LINES = 25
 
 
-class ProcessFailed(RuntimeError):
+class ProcessError(RuntimeError):
     """A process ended, or did not answer; the message has the end of its log."""
 
 
@@ -68,9 +68,9 @@ class Process:
         self._log.close()
         return status
 
-    def failed(self, what: str) -> ProcessFailed:
+    def failed(self, what: str) -> ProcessError:
         tail = "\n".join(self.log().splitlines()[-TAIL_LINES:])
-        return ProcessFailed(f"{self.name}: {what}; the end of its log:\n{tail}")
+        return ProcessError(f"{self.name}: {what}; the end of its log:\n{tail}")
 
     def __enter__(self) -> Any:
         return self
@@ -126,7 +126,7 @@ class EngineProcess(Process):
         self._ready = False
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """One command, one answer; raises `ProcessFailed`."""
+        """One command, one answer; raises `ProcessError`."""
         self.wait_ready()
         try:
             self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")

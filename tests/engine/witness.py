@@ -1,0 +1,54 @@
+"""A connector that watches kvrdma's: what the device held when a block was saved, and what after it was loaded.
+
+It shares no code with kvrdma's copier or checksums: device bytes are read by torch and hashed by hashlib. One
+line of JSON a block goes to $WITNESS_FILE. With $WITNESS_ALTER it alters one slot before each load, so that a
+test can see the comparison fail.
+"""
+
+import hashlib
+import json
+import os
+
+import torch
+
+from kvrdma.cache import BlockStatus, JobKind
+from kvrdma.connectors.vllm.connector import KVRDMAConnector
+
+
+class WitnessConnector(KVRDMAConnector):
+    def register_kv_caches(self, kv_caches):
+        super().register_kv_caches(kv_caches)
+        self.layers = [kv_caches[name] for name in self._kv_cache_config.kv_cache_groups[0].layer_names]
+        self.loading = {}
+
+    def start_load_kv(self, forward_context, **kwargs):
+        for job in self._connector_metadata.jobs:
+            if job.kind is JobKind.LOAD:
+                self.loading[job.number] = job
+                if os.environ.get("WITNESS_ALTER"):
+                    self._worker._pool.view(int(job.slots[0]))[100] ^= 0xFF
+        super().start_load_kv(forward_context, **kwargs)
+
+    def wait_for_save(self):
+        # The forward has ended (on the CPU it runs synchronously) and the blocks are referenced.
+        for job in self._connector_metadata.jobs:
+            if job.kind is JobKind.SAVE:
+                self.note("saved", job)
+        super().wait_for_save()
+
+    def get_transfer_results(self, finished_req_ids):
+        results = super().get_transfer_results(finished_req_ids)
+        for report in self._worker._reports:
+            job = self.loading.pop(report.number, None)
+            if job is not None and (report.status == BlockStatus.OK).all():
+                self.note("loaded", job)
+        return results
+
+    def note(self, what, job):
+        with open(os.environ["WITNESS_FILE"], "a") as file:
+            for key, block in zip(job.keys, job.blocks.tolist(), strict=True):
+                digest = hashlib.sha256()
+                for layer in self.layers:
+                    digest.update(layer[block].contiguous().view(torch.uint8).numpy().tobytes())
+                line = {"what": what, "key": key.tobytes().hex(), "digest": digest.hexdigest()}
+                file.write(json.dumps(line) + "\n")
