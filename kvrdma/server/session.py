@@ -28,7 +28,6 @@ MAX_LEASES: Final = 1024
 MAX_KEYSPACES: Final = 64
 MAX_PUT_S: Final = 120.0
 ATTACH_TIMEOUT_S: Final = 5.0
-_MAX_REGION: Final = 1 << 62
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,8 +223,6 @@ class ClientSession:
         key_rows, region_rows, offsets, nbytes = spans
         if checksums is None or len(checksums) != len(names):
             raise ProtocolError("put: as many checksums as keys are needed")
-        if any(region.nbytes > _MAX_REGION for region in regions):
-            raise ProtocolError(f"put: a region has at most {_MAX_REGION} bytes")
         sizes = np.array([region.nbytes for region in regions], dtype=np.int64)
         if spans.shape[1] == 0 or (
             (np.diff(key_rows) < 0).any()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import signal
 import socket
 import struct
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -32,9 +35,10 @@ from kvrdma import protocol
 from kvrdma.backends import GetStatus, PutStatus, open_backend
 from kvrdma.errors import ConfigError, KVRDMAError, ProtocolError
 from kvrdma.memory import Memory
+from kvrdma.server import PoolServer, ServerSettings
 from kvrdma.settings import Settings
 from kvrdma.transports import RemoteRegion, Rights
-from kvrdma.transports.tcp import TcpTransport
+from kvrdma.transports.tcp import TcpTransport, wire
 
 BIG = {"n": 48, "nbytes": 1 << 20}
 NOWHERE = RemoteRegion("tcp", 1 << 20, bytes(20))
@@ -287,6 +291,47 @@ def test_sigterm_ends_it_though_a_client_reads_nothing(server: Server) -> None:
         server.signal(signal.SIGTERM)
         assert server.ended() == 0
     assert "Traceback" not in server.text
+
+
+def test_a_stop_in_the_middle_of_a_sessions_end_waits_for_it() -> None:
+    """In this process: the thread that aborts data connections is kept busy until the stop has begun."""
+
+    async def scenario() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(ThreadPoolExecutor(1))
+        server = PoolServer(ServerSettings(port=0, capacity=16 << 20))
+        await server.start()
+        with ThreadPoolExecutor(1) as elsewhere, socket.socket() as data:
+
+            def begin_a_put_that_stalls() -> RawClient:
+                raw = RawClient(server.address[1])
+                host, port = raw.data_address.rsplit(":", 1)
+                data.connect((host, int(port)))
+                data.sendall(wire.Greeting(bytes(16), 0, 1, raw.hello.ticket).encode())
+                data.recv(wire.ANSWER_NBYTES)  # and its READs are never answered
+                raw.send(put_request(raw, raw.open(), A_PUT, NOWHERE))
+                return raw
+
+            raw = await loop.run_in_executor(elsewhere, begin_a_put_that_stalls)
+            await until(lambda: server.stats()["reserved_blocks"] == 4)
+            aborts = threading.Event()
+            loop.run_in_executor(None, aborts.wait)
+            raw.close()
+            await until(lambda: server.stats()["clients"] == 0)
+            stop = loop.create_task(server.stop())
+            for _ in range(10):
+                await asyncio.sleep(0)
+            aborts.set()
+            await stop
+            assert server.stats()["reserved_blocks"] == 0
+
+    asyncio.run(asyncio.wait_for(scenario(), PATIENCE_S))
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while not holds():
+            await asyncio.sleep(0.005)
 
 
 def listens(port: int) -> bool:
