@@ -42,6 +42,6 @@ class Registry(Generic[T]):
                 raise ConfigError(f"unknown {self.kind} {name!r}{nearest(name, self)}")
             try:
                 self._loaded[name] = cast("T", next(iter(points)).load())
-            except ImportError as error:
+            except (ImportError, AttributeError) as error:
                 raise ConfigError(f"{self.kind} {name!r} cannot be imported: {error}") from error
         return self._loaded[name]

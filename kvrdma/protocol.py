@@ -270,7 +270,10 @@ class FrameDecoder:
 
     def feed(self, data: bytes | memoryview) -> Iterator[Message]:
         """Take bytes as they came; give every message that is whole."""
-        self._buffer += data
+        self._buffer += data  # here, and not when somebody asks for the first message
+        return self._messages()
+
+    def _messages(self) -> Iterator[Message]:
         buffer = self._buffer
         if not self._greeted:
             if len(buffer) < PREFACE_NBYTES:
