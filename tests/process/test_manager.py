@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
 import signal
 import threading
@@ -245,6 +246,23 @@ def test_many_threads_never_see_a_wrong_byte() -> None:
 # -- with a real pool
 
 
+def stores_again(manager: KVCacheManager) -> int:
+    """Write one prompt after the other until one of them is offloaded; its number."""
+    numbers = itertools.count(10)
+    newest = 0
+
+    def stored() -> bool:
+        nonlocal newest
+        newest = next(numbers)
+        before = manager.stats()["l2_put_blocks"]
+        write(manager, prompt(newest, 4))
+        assert manager.flush(timeout=PATIENCE_S)
+        return bool(manager.stats()["l2_put_blocks"] > before)
+
+    eventually(stored)
+    return newest
+
+
 def test_two_managers_share_a_pool(server: Server) -> None:
     tokens = prompt(1, 8)
     with manager_of(32, server.url) as first, manager_of(32, server.url) as second:
@@ -307,19 +325,9 @@ def test_a_pool_that_is_killed_and_comes_back_is_used_again(server: Server) -> N
         assert read(manager, prompt(9, 4)) == 0
         assert read(manager, prompt(1, 4)) == 4
         with Server(port=server.port):
-            numbers = iter(range(10, 10_000))
-            newest = [0]
-
-            def stored() -> bool:
-                newest[0] = next(numbers)
-                before = manager.stats()["l2_put_blocks"]
-                write(manager, prompt(newest[0], 4))
-                assert manager.flush(timeout=PATIENCE_S)
-                return bool(manager.stats()["l2_put_blocks"] > before)
-
-            eventually(stored)
+            newest = stores_again(manager)
             with manager_of(16, server.url) as other:
-                assert read(other, prompt(newest[0], 4)) == 4
+                assert read(other, prompt(newest, 4)) == 4
                 assert read(other, prompt(1, 4)) == 0  # that was lost with the first server
 
 
@@ -334,6 +342,10 @@ def test_a_pool_that_is_stopped_keeps_nobody_waiting(server: Server) -> None:
         write(manager, prompt(3, 4))
         assert manager.flush(timeout=PATIENCE_S)
         assert set(account(manager)) <= {"not_yet", "tier_down"}
+        server.signal(signal.SIGCONT)
+        newest = stores_again(manager)
+        with manager_of(16, server.url) as other:
+            assert read(other, prompt(newest, 4)) == 4
 
 
 # -- the end
