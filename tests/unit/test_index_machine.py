@@ -1,0 +1,363 @@
+"""What holds for `CacheIndex` whatever the engine, the ranks, the store and the clock do, in any order.
+
+The machine keeps the bytes that each rank would have: a slot is written while a FETCH or SAVE of it is not
+terminal, and read while a LOAD or PUT is. Wrong bytes, or a slot with two uses, would be wrong KV.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from kvrdma.cache import (
+    Answer,
+    BlockStatus,
+    CacheIndex,
+    IndexOptions,
+    Job,
+    JobKind,
+    JobReport,
+    Probe,
+    ProbeAnswer,
+    Slot,
+    SlotState,
+)
+from kvrdma.keys import unpack_keys
+from kvrdma.policies import Event, OffloadPolicy
+from kvrdma.policies.lru import LruPolicy
+
+OK, PENDING, FAILED = BlockStatus.OK, BlockStatus.PENDING, BlockStatus.FAILED
+WRITES = {JobKind.FETCH, JobKind.SAVE}
+
+# A binary tree of prompts, four blocks deep; a block's key is its path.
+PROMPTS = ("aaaa", "aaab", "aaba", "abaa", "baaa", "baab", "a", "aa", "aaa", "ab", "ba")
+REQUESTS = ("q", "r", "s", "t")
+
+
+def keys_of(prompt: str) -> list[bytes]:
+    return [prompt[: n + 1].encode().ljust(16, b".") for n in range(len(prompt))]
+
+
+class OffloadSome(OffloadPolicy):
+    """Offloads at the events that it was told."""
+
+    def __init__(self, events: set[Event]) -> None:
+        self.events = events
+
+    def select(self, keys: Sequence[bytes], event: Event) -> list[bytes]:
+        return list(keys) if event in self.events else []
+
+
+class CutGate:
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    def cut(self, *, l1_blocks: int, l2_blocks: int) -> int:
+        return min(self.n, l2_blocks)
+
+
+class Progress:
+    """What the ranks have done of a job."""
+
+    def __init__(self, job: Job, ranks: int) -> None:
+        self.job = job
+        self.status = [[PENDING] * len(job) for _ in range(ranks)]
+        self.terminal = [False] * ranks
+
+
+prompts = st.sampled_from(PROMPTS)
+requests = st.sampled_from(REQUESTS)
+picks = st.integers(0, 1000)
+
+
+class IndexMachine(RuleBasedStateMachine):
+    @initialize(
+        ranks=st.integers(1, 3),
+        capacity=st.integers(4, 12),
+        share=st.sampled_from([0.25, 0.5, 1.0]),
+        events=st.sets(st.sampled_from(list(Event))),
+        cut=st.sampled_from([1, 100, 100]),
+    )
+    def start(self, ranks: int, capacity: int, share: float, events: set[Event], cut: int) -> None:
+        self.now = 0.0
+        self.ranks = ranks
+        self.capacity = capacity
+        self.index = CacheIndex(
+            capacity,
+            LruPolicy(capacity),
+            OffloadSome(events),
+            IndexOptions(ranks=ranks, has_l2=True, waiting_share=share),
+            gate=CutGate(cut),
+            clock=lambda: self.now,
+        )
+        self.offered = dict.fromkeys(REQUESTS, 0)
+        self.probes: list[Probe] = []
+        self.jobs: dict[int, Progress] = {}
+        self.ended: list[Progress] = []
+        self.taken: list[list[Slot]] = []
+        self.reserved: list[list[Slot]] = []
+        self.bytes_of: list[dict[int, bytes | None]] = [{} for _ in range(ranks)]
+        self.was_ready: set[Slot] = set()
+        self.dropped: set[Slot] = set()  # by forget or reset
+        self.in_l2: set[Slot] = set()  # or on the way there
+
+    # -- the engine
+
+    @rule(request=requests, prompt=prompts, first=st.integers(0, 2), ready_only=st.sampled_from([False] * 4 + [True]))
+    def look_up(self, request: str, prompt: str, first: int, ready_only: bool) -> None:
+        offer = self.index.lookup(request, keys_of(prompt), min(first, len(prompt)), ready_only=ready_only)
+        self.offered[request] = offer.n_blocks
+        assert offer.answer is Answer.OFFERED or not (ready_only or offer.n_blocks)
+        self.probes += self.index.take_probes()
+
+    @rule(prompt=prompts)
+    def prefetch(self, prompt: str) -> None:
+        offer = self.index.lookup("prefetch", keys_of(prompt), 0, counted=False)
+        self.probes += self.index.take_probes()
+        if offer.answer is Answer.OFFERED:
+            self.index.finished("prefetch")
+
+    @rule(request=requests, less=st.integers(0, 2))
+    def allocate(self, request: str, less: int) -> None:
+        n = max(0, self.offered[request] - less)
+        job = self.index.allocated(request, range(n))
+        assert job is None or len(job) == n
+        self.offered[request] = 0
+
+    @rule(request=requests)
+    def take(self, request: str) -> None:
+        self.taken.append(self.index.take(request, self.offered[request]))
+        self.offered[request] = 0
+
+    @precondition(lambda self: self.taken)
+    @rule(pick=picks)
+    def let_go(self, pick: int) -> None:
+        self.index.let_go(self.taken.pop(pick % len(self.taken)))
+
+    @rule(request=requests)
+    def finish(self, request: str) -> None:
+        self.index.finished(request)
+        self.offered[request] = 0
+
+    @rule(request=requests)
+    def refuse(self, request: str) -> None:
+        self.index.refuse(request)
+
+    @rule(prompt=prompts)
+    def save(self, prompt: str) -> None:
+        keys, parents = self._missing(prompt)
+        self.index.save(keys, range(len(keys)), parents=parents)
+
+    @rule(prompt=prompts)
+    def reserve(self, prompt: str) -> None:
+        keys, parents = self._missing(prompt)
+        slots = self.index.reserve(keys, parents=parents)
+        assert len(slots) in {0, len(keys)}
+        if slots:
+            self.reserved.append(slots)
+
+    @precondition(lambda self: self.reserved)
+    @rule(pick=picks, seal=st.booleans())
+    def end_reservation(self, pick: int, seal: bool) -> None:
+        slots = self.reserved.pop(pick % len(self.reserved))
+        if seal:
+            self.index.seal(slots)
+        else:
+            self.index.give_up(slots)
+
+    @rule(prompt=prompts)
+    def save_and_see_it_done(self, prompt: str) -> None:
+        self.save(prompt)
+        self._finish_jobs(JobKind.SAVE)
+
+    @rule(request=requests, prompt=prompts)
+    def look_up_and_load(self, request: str, prompt: str) -> None:
+        self.look_up(request, prompt, 0, ready_only=True)
+        self.allocate(request, 0)
+
+    @rule(request=requests, prompt=prompts, done=st.booleans())
+    def look_up_and_fetch(self, request: str, prompt: str, done: bool) -> None:
+        self.look_up(request, prompt, 0, ready_only=False)
+        while self.probes:
+            self.answer(0, [True] * 4, down=False)
+        if done:
+            self._finish_jobs(JobKind.FETCH)
+            self.look_up(request, prompt, 0, ready_only=False)
+
+    @rule(prompt=prompts, really=st.sampled_from([False] * 3 + [True]))
+    def forget(self, prompt: str, really: bool) -> None:
+        if really:
+            self.dropped.update(slot for key in keys_of(prompt) if (slot := self.index._table.get(key)))
+            self.index.forget(keys_of(prompt))
+
+    @rule(really=st.sampled_from([False] * 9 + [True]))
+    def reset(self, really: bool) -> None:
+        if really:
+            self.dropped.update(self.index._table._slots.values())
+            self.index.reset()
+            assert self.index.stats()["l1_blocks"] == 0
+
+    # -- the store, the ranks and the clock
+
+    @precondition(lambda self: self.probes)
+    @rule(
+        pick=picks, present=st.lists(st.booleans(), min_size=4, max_size=4), down=st.sampled_from([False] * 4 + [True])
+    )
+    def answer(self, pick: int, present: list[bool], down: bool) -> None:
+        probe = self.probes.pop(pick % len(self.probes))
+        self.index.on_probe(ProbeAnswer(probe.number, np.array(present[: len(probe.keys)]), down, ()))
+
+    @precondition(lambda self: self.jobs)
+    @rule(
+        pick=picks,
+        rank=st.integers(0, 2),
+        status=st.lists(st.sampled_from(list(BlockStatus)), min_size=12, max_size=12),
+        terminal=st.booleans(),
+    )
+    def report(self, pick: int, rank: int, status: list[BlockStatus], terminal: bool) -> None:
+        self._report(list(self.jobs.values())[pick % len(self.jobs)], rank % self.ranks, status, terminal)
+
+    @precondition(lambda self: self.jobs)
+    @rule(pick=picks)
+    def all_ranks_succeed(self, pick: int) -> None:
+        progress = list(self.jobs.values())[pick % len(self.jobs)]
+        for rank in range(self.ranks):
+            self._report(progress, rank, [OK] * 12, True)
+
+    @precondition(lambda self: self.ended)
+    @rule(pick=picks, rank=st.integers(0, 2))
+    def report_again(self, pick: int, rank: int) -> None:
+        job = self.ended[pick % len(self.ended)].job
+        status = np.full(len(job), FAILED, dtype=np.uint8)
+        assert self.index.on_report(JobReport(job.number, rank % self.ranks, status, terminal=True)) is False
+
+    @rule(seconds=st.sampled_from([0.1, 1.0, 6.0]))
+    def pass_time(self, seconds: float) -> None:
+        self.now += seconds
+
+    @rule()
+    def take_jobs(self) -> None:
+        for job in self.index.take_jobs():
+            assert len(job.blocks) in {0, len(job)}
+
+    # -- what must hold
+
+    @invariant()
+    def every_job_has_its_slots_to_itself(self) -> None:
+        """Each new job: nobody else writes its slots, and what it reads is what it is meant to be."""
+        for number in self.index._jobs.keys() - self.jobs.keys():
+            job, slots = self.index._jobs[number].job, self.index._jobs[number].slots
+            if job.kind in {JobKind.FETCH, JobKind.PUT}:
+                assert self.in_l2.isdisjoint(slots)
+                self.in_l2.update(slots)
+            for other in self.jobs.values():
+                if job.kind in WRITES:
+                    assert not set(job.slots.tolist()) & set(other.job.slots.tolist())
+            self.jobs[number] = Progress(job, self.ranks)
+            for rank in range(self.ranks):
+                for key, slot in zip(unpack_keys(job.keys), job.slots.tolist(), strict=True):
+                    if job.kind in WRITES:
+                        self.bytes_of[rank][slot] = None
+                    else:
+                        assert self.bytes_of[rank][slot] == key
+
+    @invariant()
+    def what_is_ready_is_there_on_every_rank(self) -> None:
+        table = self.index._table
+        for key, slot in table._slots.items():
+            assert slot.key == key
+            assert (slot.state is SlotState.READY) == (key in table.policy)
+            if slot.state is SlotState.READY:
+                self.was_ready.add(slot)
+                assert [bytes_of[slot.number] for bytes_of in self.bytes_of] == [key] * self.ranks
+        assert len(table.policy) == sum(slot.state is SlotState.READY for slot in table._slots.values())
+
+    @invariant()
+    def references_and_slots_add_up(self) -> None:
+        table, lookups = self.index._table, self.index._lookups
+        asking = [slot for request in lookups._requests.values() for slot in request.held]
+        asking += [slot for request in lookups._requests.values() for _, slot in request.waits_for.values()]
+        references = Counter(asking)
+        for state in self.index._jobs.values():
+            references.update(state.slots)
+        for slots in (*self.taken, *self.reserved):
+            references.update(slots)
+        live = set(references) | set(table._slots.values())
+        assert len({slot.number for slot in live}) == len(live)
+        assert all(slot.refs == references[slot] for slot in live)
+        assert len(live) + table.n_free == self.capacity
+        assert table.n_zombies == sum(slot.state is SlotState.ZOMBIE for slot in live)
+        assert table.n_available == table.n_free + sum(slot.state is SlotState.READY and not slot.refs for slot in live)
+        assert lookups.n_waiting_slots == len(set(asking))
+        gone = {slot for slot in asking if slot.state is SlotState.ZOMBIE}
+        assert gone & self.was_ready <= self.dropped  # what is held is never evicted
+
+    def teardown(self) -> None:
+        if not hasattr(self, "index"):
+            return
+        for slots in self.taken:
+            self.index.let_go(slots)
+        for slots in self.reserved:
+            self.index.give_up(slots)
+        self.taken, self.reserved = [], []
+        for request in (*REQUESTS, "prefetch"):
+            self.index.finished(request)
+        self.every_job_has_its_slots_to_itself()
+        while self.jobs:
+            progress = next(iter(self.jobs.values()))
+            for rank in range(self.ranks):
+                self._report(progress, rank, [OK] * 12, True)
+            self.every_job_has_its_slots_to_itself()
+        self.references_and_slots_add_up()
+        stats = self.index.stats()
+        assert stats["jobs"] == stats["zombies"] == stats["requests"] == stats["waiting_slots"] == 0
+        assert self.index._table.n_available == self.capacity
+        assert not self.index._lookups._probing
+        metrics = self.index.metrics
+        assert metrics.counts["looked_up_blocks"] == metrics.counts["served_blocks"] + sum(metrics.misses.values())
+
+    # -- inside
+
+    def _missing(self, prompt: str) -> tuple[list[bytes], list[bytes | None]]:
+        keys = keys_of(prompt)
+        rows = self.index.missing(keys)
+        return [keys[row] for row in rows], [keys[row - 1] if row else None for row in rows]
+
+    def _finish_jobs(self, kind: JobKind) -> None:
+        self.every_job_has_its_slots_to_itself()
+        for progress in [p for p in self.jobs.values() if p.job.kind is kind]:
+            for rank in range(self.ranks):
+                self._report(progress, rank, [OK] * 12, True)
+        self.every_job_has_its_slots_to_itself()
+
+    def _report(self, progress: Progress, rank: int, drawn: Sequence[BlockStatus], terminal: bool) -> None:
+        """What a rank once had it keeps, and a block that is still pending at the end has failed."""
+        if progress.terminal[rank]:
+            return
+        job, before = progress.job, progress.status[rank]
+        status = [old if old is OK else new for old, new in zip(before, drawn, strict=False)]
+        if terminal:
+            status = [FAILED if s is PENDING else s for s in status]
+        for key, slot, is_ok in zip(unpack_keys(job.keys), job.slots.tolist(), status, strict=True):
+            if is_ok is OK and job.kind in WRITES:
+                self.bytes_of[rank][slot] = key
+            elif job.kind not in WRITES:
+                assert self.bytes_of[rank][slot] == key
+        progress.status[rank], progress.terminal[rank] = status, terminal
+        if all(progress.terminal):
+            if job.kind is JobKind.PUT:
+                failed = [any(s != OK for s in column) for column in zip(*progress.status, strict=True)]
+                slots = self.index._jobs[job.number].slots
+                self.in_l2.difference_update(slot for slot, bad in zip(slots, failed, strict=True) if bad)
+            self.ended.append(self.jobs.pop(job.number))
+        done = self.index.on_report(JobReport(job.number, rank, np.array(status, dtype=np.uint8), terminal))
+        assert done == all(progress.terminal)
+
+
+IndexMachine.TestCase.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
+TestIndex = IndexMachine.TestCase
