@@ -113,10 +113,11 @@ class RegionTable:
         Gives a `RangeStatus` a range (uint8[n]), the address of each that is allowed (int64[n], else 0),
         and what keeps that memory alive.
         """
+        # One more row than tokens: the one of ranges that name no token.
         n_tokens = len(tokens)
-        base = np.zeros(n_tokens, dtype=np.int64)
-        size = np.zeros(n_tokens, dtype=np.int64)
-        state = np.full(n_tokens, RangeStatus.BAD_KEY, dtype=np.uint8)
+        base = np.zeros(n_tokens + 1, dtype=np.int64)
+        size = np.zeros(n_tokens + 1, dtype=np.int64)
+        state = np.full(n_tokens + 1, RangeStatus.BAD_KEY, dtype=np.uint8)
         memories = []
         for i, token in enumerate(tokens):
             number, key = _TOKEN.unpack(token)
@@ -127,11 +128,12 @@ class RegionTable:
             base[i], size[i] = memory.address, memory.nbytes
             state[i] = RangeStatus.OK if need in export.rights else RangeStatus.NO_RIGHT
             memories.append(memory)
-        known = (rows >= 0) & (rows < n_tokens)
-        safe_rows = np.where(known, rows, 0)
-        status = np.where(known, state[safe_rows] if n_tokens else 0, RangeStatus.BAD_KEY).astype(np.uint8)
-        limit = size[safe_rows] if n_tokens else np.zeros_like(rows)
+        named = np.minimum(rows.view(np.uint64), n_tokens).view(np.int64)  # as unsigned, negative ones are large
+        status, limit = state[named], size[named]
         outside = (offsets < 0) | (nbytes < 1) | (nbytes > limit) | (offsets > limit - nbytes)
-        status[(status == RangeStatus.OK) & outside] = RangeStatus.BAD_BOUNDS
-        addresses = np.where(status == RangeStatus.OK, (base[safe_rows] if n_tokens else 0) + offsets, 0)
-        return status, addresses.astype(np.int64), memories
+        if outside.any():
+            status[outside & (status == RangeStatus.OK)] = RangeStatus.BAD_BOUNDS
+        addresses = base[named] + offsets
+        if status.any():
+            addresses[status != RangeStatus.OK] = 0
+        return status, addresses, memories

@@ -22,6 +22,7 @@ from kvrdma.transports.base import (
     Endpoint,
     Opcode,
     Priority,
+    RemoteRegion,
     Transfer,
     TransferBatch,
     call_guarded,
@@ -73,6 +74,14 @@ class _Piece:
     number: int = 0
     stream: Stream | None = None
     arriving: Bitmap | None = None
+
+
+def _name_regions(remote: Sequence[RemoteRegion], rows: Int64s) -> tuple[list[bytes], Int64s]:
+    """The tokens that a piece needs, and which of them each of its ranges is in."""
+    if len(remote) == 1:
+        return [remote[0].token], rows
+    used, names = np.unique(rows, return_inverse=True)
+    return [remote[row].token for row in used], names.astype(np.int64)
 
 
 class TcpEndpoint(Endpoint):
@@ -202,14 +211,16 @@ class TcpEndpoint(Endpoint):
             nbytes = np.minimum(piece_nbytes, nbytes[rows] - shift)
             addresses = addresses[rows] + shift
             remote_rows, remote_offsets = remote_rows[rows], remote_offsets[rows] + shift
-        starts = np.cumsum(nbytes) - nbytes
-        group = (starts // piece_nbytes) * (len(rows) // _PIECE_RANGES + 1) + np.arange(len(rows)) // _PIECE_RANGES
-        cuts = [0, *(np.flatnonzero(np.diff(group)) + 1).tolist(), len(rows)]
+        cuts = [0, len(rows)]
+        if total > piece_nbytes or len(rows) > _PIECE_RANGES:
+            by_bytes = (np.cumsum(nbytes) - nbytes) // piece_nbytes
+            by_ranges = np.arange(len(rows)) // _PIECE_RANGES
+            cuts[1:1] = (np.flatnonzero(np.diff(by_bytes) | np.diff(by_ranges)) + 1).tolist()
         keepalive = (batch.local, operation.transfer)
         pieces = []
         for first, last in itertools.pairwise(cuts):
             part = slice(first, last)
-            used, local_names = np.unique(remote_rows[part], return_inverse=True)
+            tokens, names = _name_regions(batch.remote, remote_rows[part])
             pieces.append(
                 _Piece(
                     operation,
@@ -218,8 +229,8 @@ class TcpEndpoint(Endpoint):
                     rows[part],
                     addresses[part],
                     nbytes[part],
-                    [batch.remote[row].token for row in used],
-                    local_names.astype(np.int64),
+                    tokens,
+                    names,
                     remote_offsets[part],
                     keepalive,
                 )

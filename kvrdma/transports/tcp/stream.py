@@ -21,6 +21,7 @@ from kvrdma.transports.tcp.wire import HEADER_NBYTES, Header
 
 logger = logging.getLogger(__name__)
 
+_LOW_WATER_NBYTES: Final = 256 << 10
 _STEPS_A_TURN: Final = 32  # then the loop's other sockets have their turn
 _NO_IOVECS: Final = np.zeros((0, 2), dtype=np.int64)
 
@@ -70,6 +71,7 @@ class Stream:
         self._out: tuple[OutFrame, IoCursor] | None = None
         self._closed = False
         self._events = 0
+        self._low_water = 1
         self._expect = _Expect.HEADER
         self._have = 0
         self._header: Header | None = None
@@ -155,12 +157,21 @@ class Stream:
                 try:
                     n = self._sock.recv_into(self._buffer[self._have :])
                 except BlockingIOError:
-                    return
+                    n = -1
             if n < 0:
+                self._set_low_water()
                 return
             if n == 0:
                 raise TransportError("tcp: the peer closed the connection")
             self._take(n)
+
+    def _set_low_water(self) -> None:
+        """Be woken when a good part of the payload has come, not at every segment: fewer, larger calls."""
+        rest = 1 if self._payload is None else self._payload.total - HEADER_NBYTES - self._payload.done
+        wanted = max(1, min(_LOW_WATER_NBYTES, rest))
+        if wanted != self._low_water:
+            self._low_water = wanted
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, wanted)
 
     def _take(self, n: int) -> None:
         if self._payload is not None:
