@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from kvrdma.errors import ConfigError
+from kvrdma.errors import ConfigError, RegionError
 from kvrdma.layout import BlockLayout, Int64s
 from kvrdma.memory.pool import PinnedPool
 from kvrdma.memory.slab import bytes_at
@@ -132,6 +132,8 @@ class CpuCopier:
         self._keepalive.clear()
 
     def _copy(self, group: int, blocks: Int64s, slots: Int64s, *, to_slots: bool, after: Fence) -> Copy:
+        if len(blocks) != len(slots):
+            raise RegionError(f"copy: {len(blocks)} blocks and {len(slots)} slots")
         after.wait()
         started = time.perf_counter()
         runs, pool = self._groups[group]

@@ -232,9 +232,17 @@ class PinnedPool:
         return view
 
     def spans(self, slots: Int64s | Sequence[int], nbytes: int | None = None) -> Spans:
-        """One range a key: the first `nbytes` (all by default) of each slot."""
+        """One range a key: the first `nbytes` (all by default) of each slot.
+
+        Raises:
+            RegionError: a slot that does not exist, or more bytes than it has: they would be its neighbour's.
+        """
         numbers = np.asarray(slots, dtype=np.int64)
         n = len(numbers)
+        if n and (numbers.min() < 0 or numbers.max() >= self.n_slots):
+            raise RegionError(f"spans: slots must lie in 0..{self.n_slots - 1}")
+        if nbytes is not None and nbytes > self.slot_nbytes:
+            raise RegionError(f"spans: {nbytes} bytes of slots that have {self.slot_nbytes}")
         return Spans(
             self.memories,
             n,
@@ -266,7 +274,7 @@ class PinnedPool:
         Raises:
             RegionError: a slot that does not exist, or an exclusive lease on one that is held.
         """
-        numbers = np.asarray(slots, dtype=np.int64)
+        numbers = np.array(slots, dtype=np.int64)  # a copy: what is held must be what is let go
         with self._guard:
             self._check_open()
             if numbers.size and not (numbers.min() >= 0 and numbers.max() < self.n_slots):
