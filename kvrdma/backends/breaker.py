@@ -96,8 +96,11 @@ class BreakerBackend(StorageBackend):
         hold: Lease | None,
         timeout: float,
     ) -> PutTransfer:
-        """Store; every key FAILED where the store is left alone."""
-        if self._admit():
+        """Store; every key FAILED where the store is left alone.
+
+        Never the call that tries whether it answers again: it may take long, and lookups would wait for it.
+        """
+        if self._admit(may_try=False):
             try:
                 transfer = self._inner.put(keys, shard, source, checksums, hold=hold, timeout=timeout)
             except Exception as error:  # whatever it is: it is a miss, and a trial must not stay open
@@ -121,11 +124,11 @@ class BreakerBackend(StorageBackend):
         """Pass on."""
         self._inner.close()
 
-    def _admit(self) -> bool:
+    def _admit(self, *, may_try: bool = True) -> bool:
         with self._guard:
             if self._state is BreakerState.CLOSED:
                 return True
-            if self._state is BreakerState.OPEN and self._clock() >= self._retry_at:
+            if may_try and self._state is BreakerState.OPEN and self._clock() >= self._retry_at:
                 self._state = BreakerState.TRYING
                 return True
             return False

@@ -137,6 +137,8 @@ class CpuCopier:
         after.wait()
         started = time.perf_counter()
         runs, pool = self._groups[group]
+        check_numbers(blocks, len(runs[0]), "block")
+        check_numbers(slots, pool.n_slots, "slot")
         slab, within = np.divmod(slots, pool.slots_per_slab)
         # A section is consecutive on both sides and lies in one slab.
         breaks = (np.diff(blocks) != 1) | (np.diff(within) != 1) | (np.diff(slab) != 0)
@@ -151,6 +153,12 @@ class CpuCopier:
                 here = slab == row
                 _copy_runs(runs, pool.rows()[row], blocks[here], within[here], to_slots)
         return FinishedCopy(len(blocks) * pool.slot_nbytes, time.perf_counter() - started)
+
+
+def check_numbers(numbers: Int64s, limit: int, what: str) -> None:
+    """Raise `RegionError` where a number lies outside 0..limit-1: a copy would reach a neighbour's bytes."""
+    if len(numbers) and not (numbers.min() >= 0 and numbers.max() < limit):
+        raise RegionError(f"copy: {what}s must lie in 0..{limit - 1}, got {numbers.min()}..{numbers.max()}")
 
 
 def _copy_runs(

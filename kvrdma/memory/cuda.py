@@ -14,7 +14,7 @@ import numpy as np
 
 from kvrdma.errors import ConfigError, KVRDMAError
 from kvrdma.layout import BlockLayout, Int64s
-from kvrdma.memory.copier import Copy, Fence
+from kvrdma.memory.copier import Copy, Fence, check_numbers
 from kvrdma.memory.pool import PinnedPool
 
 _PORTABLE: Final = 1  # cudaHostRegisterPortable
@@ -142,6 +142,8 @@ class CudaCopier:
 
     def _copy(self, group: int, blocks: Int64s, slots: Int64s, way: int, after: Fence) -> Copy:
         layout, pool = self._groups[group]
+        check_numbers(blocks, layout.n_blocks, "block")
+        check_numbers(slots, pool.n_slots, "slot")
         device, host, sizes = copy_columns(layout, pool, blocks, slots)
         stream = self._streams[way]
         with self._torch.cuda.device(self._device):

@@ -52,12 +52,17 @@ class Memory:
         return cls(array.ctypes.data, array.nbytes, keepalive=array)
 
     def view(self) -> memoryview:
-        """The bytes as a writable memoryview, without a copy. Valid as long as this object is."""
-        return memoryview((ctypes.c_uint8 * self.nbytes).from_address(self.address)).cast("B")
+        """The bytes as a writable memoryview, without a copy. It keeps the memory alive."""
+        return memoryview(self._raw()).cast("B")
 
     def array(self) -> NDArray[np.uint8]:
-        """The bytes as uint8[nbytes], without a copy. Valid as long as this object is."""
-        return bytes_at(self.address, self.nbytes)
+        """The bytes as uint8[nbytes], without a copy. It keeps the memory alive."""
+        return np.ctypeslib.as_array(self._raw())
+
+    def _raw(self) -> ctypes.Array[ctypes.c_uint8]:
+        raw = (ctypes.c_uint8 * self.nbytes).from_address(self.address)
+        raw.owner = self  # type: ignore[attr-defined]  # the base of every view, so it keeps what owns the memory
+        return raw
 
 
 def bytes_at(address: int, nbytes: int) -> NDArray[np.uint8]:

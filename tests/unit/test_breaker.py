@@ -148,9 +148,19 @@ def test_a_failure_is_a_miss_and_the_store_is_left_alone(bench: Bench, error: Ex
 def test_a_get_or_put_that_cannot_begin_is_failed_not_raised(bench: Bench, error: Exception) -> None:
     bench.store.fault = error
     assert not bench.get().result(0).any()
+    assert not bench.put().result(0).any()
+    assert bench.breaker.failures == 1
+
+
+def test_a_put_never_tries_whether_the_store_answers_again(bench: Bench) -> None:
+    """It may take long, and lookups would wait for it."""
+    bench.fail()
     bench.now += FIRST_PAUSE_S
     assert not bench.put().result(0).any()
-    assert bench.breaker.failures == 2
+    assert bench.breaker.state is BreakerState.OPEN
+    assert not bench.lookup().down
+    assert bench.breaker.state is BreakerState.CLOSED
+    assert not bench.put().done()
     assert bench.pool.n_leases == 0
 
 

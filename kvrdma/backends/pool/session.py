@@ -147,21 +147,24 @@ class Session:
             return self._endpoint
 
     def end(self, error: KVRDMAError) -> None:
-        """End everything: whoever waits gets `error`. Idempotent, from any thread."""
+        """End everything: whoever waits gets `error`. Idempotent, from any thread.
+
+        When it returns the endpoint is aborted, whoever began it: no slot of ours is read any more.
+        """
         with self._guard:
-            if self._error is not None:
-                return
-            self._error = error
+            first = self._error is None
+            if first:
+                self._error = error
             waiting, self._waiting = self._waiting, {}
-        try:
-            self._sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            logger.debug("pool server %s: the socket was down already", self.peer)
-        for future in waiting.values():
+        if first:
+            try:
+                self._sock.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                logger.debug("pool server %s: the socket was down already", self.peer)
+        if self._endpoint is not None:
+            self._endpoint.abort()
+        for future in waiting.values():  # last: whoever waits lets go of memory that the endpoint was reading
             future.set_exception(error)
-        endpoint = self._endpoint
-        if endpoint is not None:
-            endpoint.abort()
 
     def close(self) -> None:
         """Say goodbye and end."""

@@ -14,7 +14,7 @@ from kvrdma.cache import Answer, CacheIndex, IndexOptions, Prober
 from kvrdma.connectors.vllm.identity import block_nbytes, make_extras, make_keyspace, make_shards, new_epoch
 from kvrdma.connectors.vllm.metadata import RankReports, StepJobs
 from kvrdma.connectors.vllm.worker import slots_per_rank
-from kvrdma.errors import ConfigError
+from kvrdma.errors import ConfigError, KVRDMAError
 from kvrdma.keys import KeyChain, KeySpace
 from kvrdma.policies import offload_policies, policies
 from kvrdma.settings import Settings
@@ -132,6 +132,8 @@ class SchedulerHalf:
         n = n_external // self._block_tokens
         ids = blocks.get_block_ids()[0][state.first : state.first + n] if n else []
         job = self._index.allocated(request.request_id, ids)
+        if n and job is None:
+            raise KVRDMAError(f"{n} blocks were taken of an offer that is gone")
         if job is not None:
             state.n_loaded = n
             self._loads[job.number] = request.request_id

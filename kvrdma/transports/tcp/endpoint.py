@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 PIECE_NBYTES: Final = 4 << 20
 MIN_PIECE_NBYTES: Final = 256 << 10
 _PIECE_RANGES: Final = 4096
+_OK: Final = int(RangeStatus.OK)  # members of an enum are slow to look up in CPython 3.11
 _URGENT: Final = -1
 _REPLY_TO: Final = {Opcode.READ: Frame.READ_REPLY, Opcode.WRITE: Frame.WRITE_REPLY}
 
@@ -387,11 +388,11 @@ class TcpEndpoint(Endpoint):
             piece is None
             or piece.stream is not stream
             or header.frame is not _REPLY_TO[piece.opcode]
-            or header.n_ranges != len(piece.rows)
+            or header.n_ranges not in {0, len(piece.rows)}
         ):
             raise ProtocolError(f"tcp: {header.frame.name} {header.op} answers no request of this stream")
-        status = np.frombuffer(body, dtype=np.uint8)
-        ok = status == RangeStatus.OK
+        status = np.frombuffer(body, dtype=np.uint8) if body else np.zeros(len(piece.rows), dtype=np.uint8)
+        ok = status == _OK
         if not ok.all() and piece.operation.error is None:
             piece.operation.error = RegionError(f"tcp: {explain(int(status[~ok][0]))}")
         if header.frame is Frame.READ_REPLY:

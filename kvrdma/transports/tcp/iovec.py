@@ -13,6 +13,7 @@ import os
 from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvrdma.layout import Int64s
 
@@ -74,6 +75,18 @@ class IoCursor:
         """Receive what is there now: bytes, 0 at the stream's end, -1 where nothing is there."""
         return self._move(_libc.recvmsg, fd, 0)
 
+    def fill(self, data: NDArray[np.uint8]) -> None:
+        """Receive bytes that came in another way; no more than there is room for."""
+        at, n = 0, data.nbytes
+        while at < n:
+            address, room = self._iovecs[self._first].tolist()
+            part = min(room, n - at)
+            ctypes.memmove(address, data.ctypes.data + at, part)
+            at += part
+            self.done += part
+            if self.done < self.total:
+                self._advance()
+
     def _move(self, call: Any, fd: int, flags: int) -> int:
         message = self._message
         message.msg_iov = self._base + 16 * self._first
@@ -86,10 +99,10 @@ class IoCursor:
                 raise OSError(code, os.strerror(code))
         self.done += n
         if self.done < self.total:
-            self._advance(n)
+            self._advance()
         return int(n)
 
-    def _advance(self, n: int) -> None:
+    def _advance(self) -> None:
         first = int(np.searchsorted(self._ends, self.done, side="right"))
         iovecs = self._iovecs
         rest = int(self._ends[first]) - self.done

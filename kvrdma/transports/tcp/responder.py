@@ -26,7 +26,7 @@ class Responder:
 
     def __init__(self, table: RegionTable) -> None:
         self._table = table
-        self._reads: dict[_Key, OutFrame] = {}
+        self._reads: dict[_Key, tuple[OutFrame, int]] = {}
         self._writes: dict[_Key, NDArray[np.uint8]] = {}
 
     def read(self, stream: Stream, header: Header, body: bytes) -> None:
@@ -46,7 +46,7 @@ class Responder:
             memories,
         )
         frame.on_sent = lambda: self._forget_read(key)
-        self._reads[key] = frame
+        self._reads[key] = (frame, len(status))
         stream.send(frame)
 
     def write(self, stream: Stream, header: Header, body: bytes) -> tuple[Int64s, Any]:
@@ -71,9 +71,11 @@ class Responder:
 
     def cancel(self, stream: Stream, header: Header) -> None:
         """Send no payload for a READ that has not begun to be answered; the reply itself still goes."""
-        frame = self._reads.get((stream, header.op))
-        if frame is not None and not frame.started:
-            n_ranges = Header.decode(frame.head[: wire.HEADER_NBYTES]).n_ranges
+        waiting = self._reads.get((stream, header.op))
+        if waiting is None:
+            return
+        frame, n_ranges = waiting
+        if not frame.started:
             status = np.full(n_ranges, RangeStatus.CANCELLED, dtype=np.uint8)
             frame.head = wire.encode_reply(Frame.READ_REPLY, header.op, header.priority, status, 0)
             frame.payload = np.zeros((0, 2), dtype=np.int64)

@@ -8,7 +8,6 @@ import logging
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -21,7 +20,8 @@ from kvrdma.transports.tcp.wire import HEADER_NBYTES, Header
 
 logger = logging.getLogger(__name__)
 
-_LOW_WATER_NBYTES: Final = 256 << 10
+_CONTROL_NBYTES: Final = 16 << 10
+_LOW_WATER_NBYTES: Final = 1024 << 10
 _STEPS_A_TURN: Final = 32  # then the loop's other sockets have their turn
 _NO_IOVECS: Final = np.zeros((0, 2), dtype=np.int64)
 
@@ -51,12 +51,6 @@ class Inbox(Protocol):
         """Take note that the socket is of no use any more."""
 
 
-class _Expect(Enum):
-    HEADER = 1
-    BODY = 2
-    PAYLOAD = 3
-
-
 class Stream:
     """A non-blocking socket on an I/O loop. Everything here runs on the loop's thread."""
 
@@ -72,14 +66,14 @@ class Stream:
         self._closed = False
         self._events = 0
         self._low_water = 1
-        self._expect = _Expect.HEADER
-        self._have = 0
-        self._header: Header | None = None
-        self._header_buffer = bytearray(HEADER_NBYTES)
-        self._buffer = memoryview(self._header_buffer)
-        self._header_array = np.frombuffer(self._header_buffer, dtype=np.uint8)
-        self._header_iovec = np.array([[self._header_array.ctypes.data, HEADER_NBYTES]], dtype=np.int64)
-        self._payload: IoCursor | None = None
+        self._header: Header | None = None  # of the frame whose body or payload is awaited
+        self._control = bytearray(_CONTROL_NBYTES)  # headers and bodies, as they come
+        self._start = self._end = 0  # what of it is not taken yet
+        self._control_array = np.frombuffer(self._control, dtype=np.uint8)
+        self._control_iovec = np.array([[self._control_array.ctypes.data, _CONTROL_NBYTES]], dtype=np.int64)
+        self._large: bytearray | None = None  # a body that the control buffer cannot hold
+        self._have = 0  # bytes of it
+        self._payload: IoCursor | None = None  # ends with the control buffer
 
     def start(self) -> None:
         """Begin to receive."""
@@ -152,60 +146,108 @@ class Stream:
             if self._closed:
                 return
             if self._payload is not None:
+                asked = self._payload.total - self._payload.done
                 n = self._payload.receive(self._fd)
             else:
+                target = self._room()
+                asked = len(target)
                 try:
-                    n = self._sock.recv_into(self._buffer[self._have :])
+                    n = self._sock.recv_into(target)
                 except BlockingIOError:
                     n = -1
-            if n < 0:
-                self._set_low_water()
-                return
             if n == 0:
                 raise TransportError("tcp: the peer closed the connection")
-            self._take(n)
+            if n > 0:
+                self._take(n)
+            if n < asked:  # the socket is drained: the loop says when there is more
+                break
+        if not self._closed:
+            self._set_low_water()
+
+    def _room(self) -> memoryview:
+        """Where bytes go that are no payload: the rest of a large body, or the control buffer behind what it has."""
+        if self._large is not None:
+            return memoryview(self._large)[self._have :]
+        if self._start:
+            n = self._end - self._start
+            self._control[:n] = self._control[self._start : self._end]
+            self._start, self._end = 0, n
+        return memoryview(self._control)[self._end :]
 
     def _set_low_water(self) -> None:
         """Be woken when a good part of the payload has come, not at every segment: fewer, larger calls."""
-        rest = 1 if self._payload is None else self._payload.total - HEADER_NBYTES - self._payload.done
+        rest = 1 if self._payload is None else self._payload.total - _CONTROL_NBYTES - self._payload.done
         wanted = max(1, min(_LOW_WATER_NBYTES, rest))
         if wanted != self._low_water:
             self._low_water = wanted
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, wanted)
 
     def _take(self, n: int) -> None:
+        """Take note of n bytes that have come, and of every frame that they make whole."""
         if self._payload is not None:
-            payload_nbytes = self._payload.total - HEADER_NBYTES
-            if self._payload.done < payload_nbytes:
+            beyond = self._payload.done - (self._payload.total - _CONTROL_NBYTES)
+            if beyond < 0:
                 return
-            # The iovecs end with the next header, so its bytes came in the same call.
-            self._have = self._payload.done - payload_nbytes
+            # The iovecs end with the control buffer, so what follows the payload came in the same call.
             self._payload = None
-            finished, self._header = self._header, None
-            assert finished is not None
-            self._expect = _Expect.HEADER
-            self._inbox.on_payload(self, finished)
-        else:
+            self._start, self._end = 0, beyond
+            self._finish_payload()
+        elif self._large is not None:
             self._have += n
-        while not self._closed and self._payload is None and self._have == len(self._buffer):
-            self._next()
+            if self._have < len(self._large):
+                return
+            body, self._large = bytes(self._large), None
+            self._begin(body)
+        else:
+            self._end += n
+        while not self._closed and self._payload is None and self._large is None and self._next():
+            pass
 
-    def _next(self) -> None:
-        if self._expect is _Expect.HEADER:
-            self._header = Header.decode(self._header_buffer)
-            self._expect = _Expect.BODY
-            self._buffer = memoryview(bytearray(self._header.body_nbytes))
-            self._have = 0
-            return
+    def _next(self) -> bool:
+        """Take a header or a body out of the control buffer; False where neither is whole."""
+        n = self._end - self._start
+        if self._header is None:
+            if n < HEADER_NBYTES:
+                return False
+            self._header = Header.decode(self._control[self._start : self._start + HEADER_NBYTES])
+            self._start += HEADER_NBYTES
+            return True
+        needed = self._header.body_nbytes
+        if n >= needed:
+            body = bytes(self._control[self._start : self._start + needed])
+            self._start += needed
+            self._begin(body)
+            return True
+        if needed > _CONTROL_NBYTES:
+            self._large, self._have = bytearray(needed), n
+            self._large[:n] = self._control[self._start : self._end]
+            self._start = self._end = 0
+        return False
+
+    def _begin(self, body: bytes) -> None:
+        """Hand a frame to the endpoint; make ready for its payload, whose first bytes may be here already."""
         header = self._header
         assert header is not None
-        target = self._inbox.on_frame(self, header, bytes(self._buffer))
-        self._buffer = memoryview(self._header_buffer)
-        self._have = 0
-        self._expect = _Expect.HEADER
-        if header.payload_nbytes:
-            if target is None:
-                raise ProtocolError(f"tcp: {header.frame.name} brings a payload that nobody asked for")
-            iovecs, keepalive = target
-            self._payload = IoCursor(np.concatenate((iovecs, self._header_iovec)), keepalive)
-            self._expect = _Expect.PAYLOAD
+        target = self._inbox.on_frame(self, header, body)
+        if self._closed:
+            return
+        if not header.payload_nbytes:
+            self._header = None
+            return
+        if target is None:
+            raise ProtocolError(f"tcp: {header.frame.name} brings a payload that nobody asked for")
+        iovecs, keepalive = target
+        payload = IoCursor(np.concatenate((iovecs, self._control_iovec)), keepalive)
+        n = min(self._end - self._start, header.payload_nbytes)
+        payload.fill(self._control_array[self._start : self._start + n])
+        self._start += n
+        if n == header.payload_nbytes:
+            self._finish_payload()
+        else:
+            self._start = self._end = 0
+            self._payload = payload
+
+    def _finish_payload(self) -> None:
+        header, self._header = self._header, None
+        assert header is not None
+        self._inbox.on_payload(self, header)

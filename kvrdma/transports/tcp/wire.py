@@ -159,9 +159,10 @@ def decode_request(header: Header, body: bytes) -> tuple[list[bytes], Int64s, In
 
 
 def encode_reply(frame: Frame, op: int, priority: int, status: NDArray[np.uint8], payload_nbytes: int) -> bytes:
-    """Header and body of a reply."""
-    header = Header(frame, priority, 0, len(status), op, payload_nbytes)
-    return header.encode() + status.tobytes()
+    """Header and body of a reply: a status a range, or none at all where every range is OK."""
+    if not status.any():
+        return Header(frame, priority, 0, 0, op, payload_nbytes).encode()
+    return Header(frame, priority, 0, len(status), op, payload_nbytes).encode() + status.tobytes()
 
 
 def encode_note(frame: Frame, op: int = 0) -> bytes:
