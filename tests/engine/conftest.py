@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ROOT / ".models"
 sys.path.insert(0, str(ROOT / "examples"))
+
+with warnings.catch_warnings():  # torch and vLLM warn of themselves when they are imported
+    warnings.simplefilter("ignore")
+    import vllm.distributed.kv_transfer.kv_connector.factory
+    import vllm.v1.core.sched.output  # noqa: F401
 
 from processes import EngineProcess, Server  # noqa: E402
 

@@ -293,6 +293,16 @@ def test_sigterm_ends_it_though_a_client_reads_nothing(server: Server) -> None:
     assert "Traceback" not in server.text
 
 
+def test_sigterm_ends_it_though_a_client_holds_a_lease_and_takes_no_byte(server: Server, client: Client) -> None:
+    assert client.put().result().all()
+    with RawClient(server.port) as raw, socket.socket() as data:
+        reads_without_end(raw, data)
+        eventually(lambda: pinned(server) == 1)
+        server.signal(signal.SIGTERM)
+        assert server.ended() == 0
+    assert "Traceback" not in server.text
+
+
 def test_a_stop_in_the_middle_of_a_sessions_end_waits_for_it() -> None:
     """In this process: the thread that aborts data connections is kept busy until the stop has begun."""
 
@@ -417,6 +427,60 @@ def test_a_lease_that_is_not_released_expires() -> None:
             assert pinned(server) == 0
             raw.send(protocol.Release(0, reply.lease, b""))  # too late: nothing to release, no harm done
             assert len(raw.call(lookup_request(raw, keyspace, 8), protocol.LookupReply).present) == 8
+
+
+def test_a_client_that_goes_in_the_middle_of_a_read_leaves_nothing(server: Server, client: Client) -> None:
+    assert client.put().result().all()
+    with RawClient(server.port) as raw, socket.socket() as data:
+        reads_without_end(raw, data)
+        eventually(lambda: pinned(server) == 1)
+    eventually(lambda: pinned(server) == 0)
+    assert client.get().result().all()
+
+
+def reads_without_end(raw: RawClient, data: socket.socket) -> None:
+    """Lease a block and ask for it many times over, on a data connection that is never read."""
+    data.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    host, port = raw.data_address.rsplit(":", 1)
+    data.connect((host, int(port)))
+    data.sendall(wire.Greeting(bytes(16), 0, 1, raw.hello.ticket).encode())
+    data.recv(wire.ANSWER_NBYTES, socket.MSG_WAITALL)
+    reply = raw.call(get_request(raw, raw.open(), 1), protocol.GetReply)
+    offsets = protocol.unpack_columns(reply.columns, 4, what="reply")[1].repeat(256)
+    sizes, rows = np.full(256, 64 << 10, dtype=np.int64), np.zeros(256, dtype=np.int64)
+    tokens = [reply.regions[0][2]]
+    for number in range(8):
+        data.sendall(wire.encode_request(wire.Frame.READ_REQUEST, number, 0, tokens, rows, offsets, sizes, 0))
+
+
+def test_no_wrong_byte_comes_though_leases_expire_and_blocks_are_evicted_meanwhile() -> None:
+    """Clients that share keys, with time-outs that pass in the middle of everything."""
+
+    def work(seed: int) -> list[int]:
+        draw = random.Random(seed)
+        came = []
+        with Client(server.url, n=12, nbytes=1 << 20) as client:
+            for _ in range(60):
+                first = draw.randrange(12)
+                rows = range(first, min(12, first + draw.randrange(1, 7)))
+                chosen, timeout = slice(rows.start, rows.stop), draw.choice([0.005, 0.05, PATIENCE_S])
+                if draw.random() < 0.4:
+                    client.put(chosen, timeout=timeout).result(PATIENCE_S)
+                else:
+                    client.clear()
+                    ok = client.get(chosen, timeout=timeout).result(PATIENCE_S)
+                    came += [row for row, is_ok in zip(rows, ok, strict=True) if is_ok]
+                    assert all(client.came(row) for row, is_ok in zip(rows, ok, strict=True) if is_ok)
+                assert client.pool.n_leases == 0
+        return came
+
+    with Server(arguments=("-c", SHORT_LEASES.replace("16 << 20", "8 << 20").replace("0.2", "0.005"))) as server:
+        with ThreadPoolExecutor(4) as clients:
+            came = list(clients.map(work, range(4)))
+        assert all(came)
+        eventually(lambda: (pinned(server), reserved(server)) == (0, 0))
+        assert server.stats()["evicted_blocks"]
+        assert "Traceback" not in server.text
 
 
 # -- clients that do not behave

@@ -242,3 +242,16 @@ def test_a_job_after_the_close_fails_and_holds_nothing(rank: Rank, kind: JobKind
     assert rank.agent.close()
     assert rank.do(kind, [0], [0]) == [FAILED]
     assert rank.pool.n_leases == 0
+
+
+def test_copies_wait_for_the_fence_and_a_close_that_cannot_wait_for_them_takes_nothing_away(rank: Rank) -> None:
+    fence = threading.Event()
+    content = rank.block(5)
+    rank.agent.submit([rank.job(JobKind.SAVE, [0], [5]), rank.job(JobKind.LOAD, [0], [6])], fence=fence)
+    assert rank.agent.close(timeout=0.01) is False
+    assert rank.agent.poll() == []
+    assert rank.pool.n_leases == 2  # the copies are still to come
+    fence.set()
+    assert [report.status.tolist() for report in rank.wait(2)] == [[OK], [OK]]
+    assert rank.block(6) == content
+    assert rank.pool.n_leases == 0

@@ -117,6 +117,20 @@ def test_a_block_larger_than_a_slab_is_declined() -> None:
         store_all(store, 3, nbytes=SLAB)
 
 
+@pytest.mark.parametrize("nbytes", [1, 63, 65, 1000, SLAB - 1, SLAB])
+def test_any_size_up_to_a_slab_is_stored(nbytes: int) -> None:
+    with opened(1) as store:
+        (entry,) = store_all(store, 1, nbytes=nbytes)
+        assert view(entry).nbytes == nbytes
+
+
+def test_where_one_size_has_every_slab_another_is_declined() -> None:
+    with opened(1) as store:
+        store_all(store, 1)
+        assert store.reserve(0, names(2), [LARGE]) == [None]
+        assert has(store, 1) == [True]
+
+
 def test_what_was_used_longest_ago_makes_room() -> None:
     with opened(1) as store:
         store_all(store, *range(8))
@@ -194,6 +208,15 @@ def test_delete_drops_every_shard_of_a_key() -> None:
         assert [store.has(block) for block in blocks] == [False, False, True]
 
 
+def test_a_block_that_is_under_way_is_not_deleted() -> None:
+    with opened(1) as store:
+        (entry,) = store.reserve(0, names(1), [SMALL])
+        assert entry is not None
+        assert store.delete({name(1)[:KEY_NBYTES]}, KEY_NBYTES) == 0
+        store.commit(entry, 0)
+        assert has(store, 1) == [True]
+
+
 def test_two_sizes_have_slabs_of_their_own() -> None:
     with opened(2) as store:
         store_all(store, 1, nbytes=SMALL)
@@ -219,6 +242,18 @@ def test_the_nearest_key_space_that_is_not_empty() -> None:
         assert store.nearest_filled(0) == ["model", "weights"]
         store_all(store, 3)
         assert store.nearest_filled(0) == []
+
+
+def test_close_is_refused_while_a_block_is_read_and_idempotent_after() -> None:
+    store = make_store(1)
+    store.open_keyspace(SPACE)
+    store_all(store, 1)
+    readers = [entry for entry in store.pin(names(1)) if entry]
+    with pytest.raises(CapacityError, match="held"):
+        store.close()
+    store.unpin(readers)
+    store.close()
+    store.close()
 
 
 def test_a_capacity_of_no_use_is_refused() -> None:

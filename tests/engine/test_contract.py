@@ -1,0 +1,136 @@
+"""The connector against vLLM's interface: signatures of both versions, and hooks that never raise."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorTransferResults,
+)
+
+from kvrdma.connectors.vllm import KVRDMAConnector
+from kvrdma.connectors.vllm.connector import check_l2, warn_of_failure_policy
+from kvrdma.connectors.vllm.metadata import RankReports, StepJobs
+from kvrdma.connectors.vllm.plugin import register
+from kvrdma.errors import ConfigError
+from kvrdma.settings import Settings
+
+# Read from the base class of vLLM 0.33, of which only a CUDA wheel exists: method -> names of its arguments.
+BASE_0_33 = json.loads((Path(__file__).parent / "base_0_33.json").read_text())
+OVERRIDDEN = sorted(
+    name
+    for name, member in vars(KVRDMAConnector).items()
+    if hasattr(KVConnectorBase_V1, name) and not name.startswith("__") and not isinstance(member, str | type)
+)
+
+
+def argument_names(function: Any) -> list[str]:
+    marks = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    parameters = inspect.signature(function).parameters.values()
+    return [marks.get(parameter.kind, "") + parameter.name for parameter in parameters]
+
+
+def function_of(cls: type, name: str) -> Any:
+    member = inspect.getattr_static(cls, name)
+    if isinstance(member, property):
+        return member.fget
+    return member.__func__ if isinstance(member, classmethod | staticmethod) else member
+
+
+@pytest.mark.parametrize("name", [n for n in OVERRIDDEN if n not in {"_cache_hit_source", "_abc_impl"}])
+def test_every_hook_has_the_signature_of_both_versions(name: str) -> None:
+    ours = argument_names(function_of(KVRDMAConnector, name))
+    assert ours == argument_names(function_of(KVConnectorBase_V1, name))
+    assert ours == BASE_0_33[name]
+
+
+def test_what_0_33_adds_is_not_used_for_something_else() -> None:
+    added = set(BASE_0_33) - set(dir(KVConnectorBase_V1))
+    assert added == {"supports_sleep_mode", "unregister_kv_caches", "restore_kv_caches"}
+    assert not added & set(vars(KVRDMAConnector))
+
+
+def test_the_plugin_makes_the_connector_known_by_name() -> None:
+    register()
+    register()
+    assert KVConnectorFactory.get_connector_class_by_name("KVRDMAConnector") is KVRDMAConnector
+
+
+class Broken:
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(f"{name} is broken on purpose")
+
+
+@pytest.fixture
+def broken() -> KVRDMAConnector:
+    connector = object.__new__(KVRDMAConnector)
+    connector._scheduler = connector._worker = Broken()  # type: ignore[assignment]
+    connector._connector_metadata = StepJobs()
+    return connector
+
+
+def test_nothing_raises_out_of_a_hook(broken: KVRDMAConnector, caplog: pytest.LogCaptureFixture) -> None:
+    request: Any = SimpleNamespace(request_id="r")
+    with caplog.at_level(logging.ERROR):
+        assert broken.get_num_new_matched_tokens(request, 0) == (0, False)
+        assert isinstance(broken.build_connector_meta(SimpleNamespace()), StepJobs)  # type: ignore[arg-type]
+        assert broken.request_finished(request, []) == (False, None)
+        assert broken.get_transfer_results(set()) == KVConnectorTransferResults()
+        assert broken.build_connector_worker_meta() is None
+        assert broken.reset_cache() is True
+        assert broken.has_pending_push_work() is False
+        assert broken.has_pending_block_frees() is False
+        for call in (
+            lambda: broken.update_state_after_alloc(request, None, 0),  # type: ignore[arg-type]
+            lambda: broken.update_connector_output(SimpleNamespace(kv_connector_worker_meta=RankReports([]))),  # type: ignore[arg-type]
+            lambda: broken.start_load_kv(None),  # type: ignore[arg-type]
+            broken.wait_for_save,
+            lambda: broken.bind_gpu_block_pool(None),  # type: ignore[arg-type]
+            broken.shutdown,
+        ):
+            assert call() is None
+    assert len(caplog.records) >= 13  # and each says so
+
+
+def test_a_load_that_cannot_be_planned_is_reported_failed(broken: KVRDMAConnector) -> None:
+    """Else its request would wait for ever."""
+    told: list[str] = []
+    scheduler = SimpleNamespace(load_not_planned=told.append)
+    broken._scheduler = scheduler  # type: ignore[assignment]
+    broken.update_state_after_alloc(SimpleNamespace(request_id="r"), None, 32)  # type: ignore[arg-type]
+    assert told == ["r"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"l1_byte": "1GiB"}, "did you mean 'l1_bytes'"),
+        ({"l1_bytes": "lots"}, "64KiB"),
+        ({"nic_rate": "1GiB"}, "not built yet"),
+        ({"budget_dir": "/x"}, "not built yet"),
+        ({"offload": "hot"}, "not built yet"),
+        ({"gate": "on"}, "not built yet"),
+        ({"coordination": "group"}, "not built yet"),
+        ({"l2": "memory://"}, "lives in one process"),
+        ({"l2": "kvrmda://h:1"}, "did you mean 'kvrdma'"),
+    ],
+)
+def test_settings_that_cannot_be_meant_end_the_start(settings: dict[str, str], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        check_l2(Settings.read(settings, where="kv_connector_extra_config"))
+
+
+def test_the_default_failure_policy_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    warn_of_failure_policy(SimpleNamespace(kv_load_failure_policy="fail"))
+    assert "recompute" in caplog.text
+    caplog.clear()
+    warn_of_failure_policy(SimpleNamespace(kv_load_failure_policy="recompute"))
+    assert caplog.text == ""
