@@ -144,6 +144,7 @@ class EvictionPolicySuite:
                 stateful_step_count=60,
                 deadline=None,
                 database=None,
+                report_multiple_bugs=False,
                 suppress_health_check=list(HealthCheck),
             ),
         )
