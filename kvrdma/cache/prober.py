@@ -7,6 +7,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Final
 
 from kvrdma.backends import Lookup, StorageBackend
 from kvrdma.cache.jobs import Probe, ProbeAnswer
@@ -15,6 +16,8 @@ from kvrdma.keys import KeySpace
 from kvrdma.layout import Shard
 
 logger = logging.getLogger(__name__)
+
+_CONNECT_TIMEOUT_S: Final = 5.0
 
 
 class Prober:
@@ -59,6 +62,12 @@ class Prober:
         self._thread.join()
 
     def _run(self) -> None:
+        try:  # connect now: the first request's lookup has no time for it
+            self._backend.stats(timeout=_CONNECT_TIMEOUT_S)
+        except KVRDMAError as error:
+            logger.warning("L2 does not answer yet: %s", error)
+        except Exception:  # the thread must live on: lookups wait for it
+            logger.exception("L2 could not be asked")
         while (probe := self._probes.get()) is not None:
             try:
                 found = self._backend.lookup(probe.keys, self._shards, timeout=self._timeout)
