@@ -81,6 +81,8 @@ class BlockLayout:
     def __post_init__(self) -> None:
         if not self.runs:
             raise ConfigError("block layout: no runs; the engine registered no KV cache")
+        if self.n_blocks < 1:
+            raise ConfigError(f"block layout: at least 1 block is needed, not {self.n_blocks}")
         for run in self.runs:
             if run.nbytes < 1 or run.block_stride < run.nbytes:
                 raise ConfigError(

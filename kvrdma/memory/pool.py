@@ -156,6 +156,7 @@ class PinnedPool:
         self.slots_per_slab = max(1, slab_nbytes // self.slot_stride)
         self._source = MemfdSlabs() if source is None else source
         self._guard = threading.Lock()
+        self._growing = threading.Lock()
         self._memories: list[Memory] = []
         self._rows: list[NDArray[np.uint8]] = []
         self._allocator = SlotAllocator()
@@ -173,9 +174,14 @@ class PinnedPool:
 
         Raises:
             CapacityError: more than the host has; nothing was added.
+            ClosedError: the pool is closed; nothing was added.
         """
         if n_slots < 1:
             return ()
+        with self._growing:
+            return self._grow(n_slots)
+
+    def _grow(self, n_slots: int) -> Sequence[Memory]:
         if self.n_slots % self.slots_per_slab:
             raise CapacityError("pool: its last slab is not a whole one, so it cannot grow")
         needed, available = n_slots * self.slot_stride, self._source.available_nbytes()
@@ -193,6 +199,10 @@ class PinnedPool:
                 self._source.release(memory)
             raise
         with self._guard:
+            if self._closed:
+                for memory in added:
+                    self._source.release(memory)
+            self._check_open()
             for memory, count in zip(added, counts, strict=True):
                 self._memories.append(memory)
                 whole = memory.array()[: count * self.slot_stride].reshape(count, self.slot_stride)

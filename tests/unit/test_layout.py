@@ -62,6 +62,12 @@ def test_a_layout_without_runs() -> None:
         BlockLayout(4, ())
 
 
+@pytest.mark.parametrize("n_blocks", [0, -1])
+def test_a_layout_without_blocks(n_blocks: int) -> None:
+    with pytest.raises(ConfigError, match="at least 1 block"):
+        BlockLayout(n_blocks, (ByteRun("k", 4096, 10, 10),))
+
+
 def test_a_checksum_is_the_same_everywhere() -> None:
     """xxh3-64, seeded by that of key and shard: stored beside blocks in pools, so never to change."""
     assert checksum(b"k" * 16, SHARD.encode(), [b"payload"]) == 6381962862467120405

@@ -1,5 +1,6 @@
 """Slabs, slots, leases, spans, and the copies between a device's blocks and slots."""
 
+import contextlib
 import gc
 import os
 import subprocess
@@ -425,6 +426,53 @@ def test_a_pool_grows_in_whole_slabs() -> None:
         assert pool.n_free == 0
         pool.lease([8]).release()
         pool._n_leases = 0  # the nine are never given back
+
+
+class Together:
+    """Real slabs, given out only when two ask at the same time, where that can be."""
+
+    def __init__(self) -> None:
+        self.inner = MemfdSlabs()
+        self.two = threading.Barrier(2)
+        self.out = 0
+
+    def allocate(self, nbytes: int) -> Memory:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            self.two.wait(0.2)
+        self.out += 1
+        return self.inner.allocate(nbytes)
+
+    def available_nbytes(self) -> int:
+        return self.inner.available_nbytes()
+
+    def release(self, memory: Memory) -> None:
+        self.out -= 1
+        self.inner.release(memory)
+
+
+def test_a_pool_grown_by_two_threads() -> None:
+    """One after the other: a slab that is not whole in the middle would shift every slot behind it."""
+    with PinnedPool(1000, source=Together(), slab_nbytes=4096) as pool:
+
+        def grow() -> None:
+            with contextlib.suppress(CapacityError):
+                pool.grow(1)
+
+        threads = [threading.Thread(target=grow) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert (pool.n_slots, len(pool.memories)) == (1, 1)
+
+
+def test_a_closed_pool_does_not_grow() -> None:
+    source = Together()
+    pool = PinnedPool(1000, source=source, slab_nbytes=4096)
+    pool.close()
+    with pytest.raises(ClosedError):
+        pool.grow(1)
+    assert source.out == 0
 
 
 @pytest.mark.parametrize("nbytes", [0, -1])
