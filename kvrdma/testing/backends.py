@@ -325,6 +325,18 @@ class StorageBackendSuite:
         bench.backend.use_keyspace(bench.keyspace)
         assert bench.backend.lookup(mine, [SHARD], timeout=PATIENCE_S).run == 4
 
+    def test_a_put_is_of_the_key_space_that_was_named_before_it(self, bench: Bench) -> None:
+        """Not of one that is named while it is under way."""
+        other = dataclasses.replace(bench.keyspace, weights=secrets.token_hex(16))
+        puts = []
+        for slot in range(16):
+            keys, spans = bench.keys(1), bench.pool.spans([slot])
+            checksums = bench.checksums(keys, spans)
+            puts.append(bench.backend.put(keys, SHARD, spans, checksums, hold=None, timeout=PATIENCE_S))
+        bench.backend.use_keyspace(other)
+        assert all(put.result(PATIENCE_S).all() for put in puts)
+        assert bench.backend.lookup(bench.keys(1), [SHARD], timeout=PATIENCE_S).differs == ("weights",)
+
     def test_before_a_key_space_is_named(self) -> None:
         """`KVRDMAError` or FAILED: whose blocks they are is not known."""
         with PinnedPool(SLOT_NBYTES, 4) as pool, self.make_backend() as backend:

@@ -102,7 +102,7 @@ class PoolBackend(StorageBackend):
         if not len(keys):
             return Lookup(np.zeros(0, dtype=np.bool_))
         deadline = Deadline(timeout)
-        session, keyspace = self._ready(deadline)
+        session, keyspace = self._ready(self._keyspace, deadline)
         names: list[Any] = [shard.encode() for shard in shards]
         answer = session.call(
             lambda seq: protocol.LookupRequest(seq, keyspace, keys.tobytes(), names),
@@ -120,7 +120,8 @@ class PoolBackend(StorageBackend):
         """Fetch blocks into the target."""
         check_batch(keys, target)
         transfer = GetTransfer(len(keys), hold=hold)
-        self._start(transfer, lambda: self._get(transfer, keys, shard, target, hold, timeout))
+        keyspace = self._keyspace  # now: whichever is named later is that of the calls that follow
+        self._start(transfer, lambda: self._get(transfer, keyspace, keys, shard, target, hold, timeout))
         return transfer
 
     def put(
@@ -136,7 +137,8 @@ class PoolBackend(StorageBackend):
         """Have the server read blocks that it has not yet."""
         check_batch(keys, source, checksums)
         transfer = PutTransfer(len(keys), hold=hold)
-        self._start(transfer, lambda: self._put(transfer, keys, shard, source, checksums, timeout))
+        keyspace = self._keyspace
+        self._start(transfer, lambda: self._put(transfer, keyspace, keys, shard, source, checksums, timeout))
         return transfer
 
     def delete(self, keys: KeyBatch, *, timeout: float) -> int:
@@ -144,7 +146,7 @@ class PoolBackend(StorageBackend):
         if not len(keys):
             return 0
         deadline = Deadline(timeout)
-        session, keyspace = self._ready(deadline)
+        session, keyspace = self._ready(self._keyspace, deadline)
         answer = session.call(
             lambda seq: protocol.DeleteRequest(seq, keyspace, keys.tobytes()),
             protocol.DeleteReply,
@@ -173,11 +175,11 @@ class PoolBackend(StorageBackend):
 
     # -- connections
 
-    def _ready(self, deadline: Deadline) -> tuple[Session, int]:
-        if self._keyspace is None:
+    def _ready(self, keyspace: KeySpace | None, deadline: Deadline) -> tuple[Session, int]:
+        if keyspace is None:
             raise BackendError("kvrdma:// backend: use_keyspace must come before the first call")
         session = self._connected(deadline)
-        return session, session.keyspace(self._keyspace, timeout=deadline.left())
+        return session, session.keyspace(keyspace, timeout=deadline.left())
 
     def _connected(self, deadline: Deadline) -> Session:
         with self._session_guard:
@@ -255,6 +257,7 @@ class PoolBackend(StorageBackend):
     def _get(
         self,
         transfer: GetTransfer,
+        keyspace: KeySpace | None,
         keys: KeyBatch,
         shard: Shard,
         target: Spans,
@@ -262,10 +265,10 @@ class PoolBackend(StorageBackend):
         timeout: float,
     ) -> None:
         deadline = Deadline(timeout)
-        session, keyspace = self._ready(deadline)
+        session, number = self._ready(keyspace, deadline)
         endpoint = session.endpoint(self._connect_data, timeout=min(deadline.left(), self._connect_timeout))
         reply = session.call(
-            lambda seq: protocol.GetRequest(seq, keyspace, shard.encode(), keys.tobytes()),
+            lambda seq: protocol.GetRequest(seq, number, shard.encode(), keys.tobytes()),
             protocol.GetReply,
             timeout=deadline.left(),
         )
@@ -313,6 +316,7 @@ class PoolBackend(StorageBackend):
     def _put(
         self,
         transfer: PutTransfer,
+        keyspace: KeySpace | None,
         keys: KeyBatch,
         shard: Shard,
         source: Spans,
@@ -320,7 +324,7 @@ class PoolBackend(StorageBackend):
         timeout: float,
     ) -> None:
         deadline = Deadline(timeout)
-        session, keyspace = self._ready(deadline)
+        session, number = self._ready(keyspace, deadline)
         endpoint = session.endpoint(self._connect_data, timeout=min(deadline.left(), self._connect_timeout))
         used, names = np.unique(source.memory_row, return_inverse=True)
         regions: list[Any] = []
@@ -333,7 +337,7 @@ class PoolBackend(StorageBackend):
             reply = session.call(
                 lambda seq: protocol.PutRequest(
                     seq,
-                    keyspace,
+                    number,
                     shard.encode(),
                     keys.tobytes(),
                     checksums.astype("<u8").tobytes(),
