@@ -617,6 +617,37 @@ class TransportSuite:
         there.endpoint.close()
         assert not here.array.any()
 
+    def test_abort_by_two_threads(self, transports: tuple[Transport, Transport], listener: Listener) -> None:
+        """Whoever comes second may count on the same: all are terminal when either call returns."""
+        here, there = self.make_sides(transports, listener, 8 << 20)
+        busy, free = threading.Event(), threading.Event()
+        caller = threading.current_thread()
+        seen: list[list[bool]] = []
+
+        def block(_: Transfer) -> None:
+            if threading.current_thread() is not caller:
+                busy.set()
+                free.wait(PATIENCE_S)
+
+        for _ in range(100):  # until it is called on the transport's thread, in the middle of its work
+            here.endpoint.post(self.read_all(here, there)).add_done_callback(block)
+            if busy.wait(0.1):
+                break
+        posted = [here.endpoint.post(self.read_all(here, there)) for _ in range(4)]
+
+        def abort() -> None:
+            here.endpoint.abort()
+            seen.append([transfer.done() for transfer in posted])
+
+        threads = [threading.Thread(target=abort) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        threads[1].join(0.1)  # time enough to come back too early
+        free.set()
+        for thread in threads:
+            thread.join(PATIENCE_S)
+        assert seen == [[True] * 4] * 2
+
     def test_post_after_the_end_is_refused(self, sides: tuple[Side, Side]) -> None:
         """`ClosedError`, and the lease is not kept."""
         here, there = sides
@@ -835,6 +866,29 @@ class TransportSuite:
         for transfer in posted:
             transfer.result(PATIENCE_S)
         assert all(each.ends == 1 for each in held)
+
+    def test_listen_while_the_transport_closes(self) -> None:
+        """Whoever loses that race gets a `KVRDMAError`; no listener stays open."""
+        for _ in range(20):
+            transport = self.make_transport()
+            listeners = [transport.listen(self.address)]
+            started = threading.Event()
+
+            def work(transport: Transport, listeners: list[Listener], started: threading.Event) -> None:
+                with contextlib.suppress(KVRDMAError):
+                    for _ in range(200):
+                        listeners.append(transport.listen(self.address))
+                        started.set()
+
+            thread = threading.Thread(target=work, args=(transport, listeners, started))
+            thread.start()
+            assert started.wait(PATIENCE_S)
+            transport.close()
+            thread.join(PATIENCE_S)
+            assert not thread.is_alive()
+            for listener in listeners:
+                with pytest.raises(ClosedError):
+                    listener.accept(timeout=0.01)
 
     # -- helpers
 

@@ -85,6 +85,9 @@ class InprocTransport(Transport):
                 raise TransportError(f"inproc: {address!r} is taken")
             _listeners[listener.contact_address] = listener
         self._open.add(listener)
+        if self._closed:  # meanwhile, by another thread
+            listener.close()
+            raise ClosedError("inproc transport: closed")
         return listener
 
     def adopt(self, endpoint: Endpoint) -> None:
@@ -171,7 +174,7 @@ class InprocEndpoint(Endpoint):
         self._jobs: queue.PriorityQueue[_Job] = queue.PriorityQueue()
         self._order = itertools.count()
         self._guard = threading.Lock()
-        self._posted: set[Transfer] = set()
+        self._posted: dict[Transfer, bool] = {}  # those that are not terminal, and whether a thread is finishing it
         self._idle = threading.Condition(self._guard)
         self._cancelled: set[Transfer] = set()
         self._stop = threading.Event()
@@ -223,14 +226,14 @@ class InprocEndpoint(Endpoint):
             check_open(self._stop.is_set(), f"inproc endpoint to {self._peer}")
             transfer = Transfer(len(batch), hold=hold)
             transfer._on_cancel = lambda: self._cancelled.add(transfer)
-            self._posted.add(transfer)
+            self._posted[transfer] = False
             self._jobs.put((int(priority), next(self._order), batch, transfer, deadline))
         return transfer
 
     def close(self, *, timeout: float = 5.0) -> None:
         """Let posted transfers end, then close."""
         with self._idle:
-            self._idle.wait_for(lambda: not self._posted, timeout)
+            self._idle.wait_for(lambda: all(transfer.done() for transfer in self._posted), timeout)
         self.abort()
 
     def abort(self) -> None:
@@ -240,16 +243,24 @@ class InprocEndpoint(Endpoint):
             self._other._end()
 
     def _end(self) -> None:
+        caller = threading.current_thread()
         with self._guard:
-            if self._stop.is_set():
-                return
+            first = not self._stop.is_set()
             self._stop.set()
             callbacks, self._callbacks = self._callbacks, []
-        self._jobs.put((-1, -1, None, None, None))
-        if threading.current_thread() is not self._thread:
+        if first:
+            self._jobs.put((-1, -1, None, None, None))
+        elif caller is self._thread or (self._other is not None and caller is self._other._thread):
+            return  # whoever began it may be waiting for this very thread
+        if caller is not self._thread:
             self._thread.join()
-        for transfer in list(self._posted):
+        with self._guard:
+            unfinished = list(self._posted)
+        for transfer in unfinished:
             self._finish(transfer, None, ClosedError(f"inproc endpoint to {self._peer}: aborted"))
+        if caller is not self._thread:
+            for transfer in unfinished:
+                transfer.result()  # another thread may be just about to finish it
         for callback in callbacks:
             call_guarded(callback)
 
@@ -290,8 +301,14 @@ class InprocEndpoint(Endpoint):
         self._finish(transfer, ok, error)
 
     def _finish(self, transfer: Transfer, ok: np.ndarray | None, error: KVRDMAError | None) -> None:
-        with self._idle:
-            self._posted.discard(transfer)
-            self._cancelled.discard(transfer)
-            self._idle.notify_all()
-        transfer.finish(ok, error)
+        with self._guard:
+            if self._posted.get(transfer, True):
+                return  # by another thread
+            self._posted[transfer] = True
+        try:
+            transfer.finish(ok, error)
+        finally:
+            with self._idle:
+                del self._posted[transfer]
+                self._cancelled.discard(transfer)
+                self._idle.notify_all()

@@ -1,6 +1,7 @@
 """The tcp transport's frames, its iovecs, the checks of a peer's ranges, and what a peer that misbehaves can do."""
 
 import contextlib
+import gc
 import logging
 import socket
 import struct
@@ -637,6 +638,16 @@ def test_a_loop_may_be_closed_from_its_own_thread() -> None:
     loop.close()
     with pytest.raises(ClosedError):
         loop.call_soon(closed.set)
+
+
+def test_a_listener_that_comes_too_late_leaves_no_socket() -> None:
+    """The I/O thread ended between the check and the listener: a socket left open is a warning, so an error here."""
+    transport = TcpTransport()
+    transport._loop.close()
+    with pytest.raises(ClosedError):
+        transport.listen("127.0.0.1:0")
+    transport.close()
+    gc.collect()
 
 
 def test_timers_fire_in_order_and_can_be_taken_back() -> None:

@@ -86,6 +86,7 @@ class IoLoop:
         try:
             self.call_soon(run)
         except ClosedError:
+            self._thread.join()  # it may still be at the calls that were posted before its end
             call()
             return
         done.wait()

@@ -112,8 +112,15 @@ class TcpTransport(Transport):
             sock = socket.create_server((host, port), family=family, backlog=_BACKLOG)
         except OSError as error:
             raise TransportError(f"tcp: cannot listen on {address}: {error.strerror or error}") from error
-        listener = TcpListener(sock, host, self._loop, self._adopt)
+        try:
+            listener = TcpListener(sock, host, self._loop, self._adopt)
+        except ClosedError:
+            sock.close()
+            raise
         self._listeners.append(listener)
+        if self._closed:  # meanwhile, by another thread
+            listener.close()
+            raise ClosedError("tcp transport: closed")
         return listener
 
     def close(self) -> None:
