@@ -80,7 +80,9 @@ class PoolBackend(StorageBackend):
         self._memories: list[Memory] = []
         self._transports: dict[str, Transport] = {}
         self._regions: dict[tuple[str, int], tuple[MemoryRegion, RemoteRegion]] = {}
-        self._workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="kvrdma-pool")
+        # A put keeps its thread until the server has read it: gets have threads of their own.
+        self._getters = ThreadPoolExecutor(_WORKERS, thread_name_prefix="kvrdma-get")
+        self._putters = ThreadPoolExecutor(_WORKERS, thread_name_prefix="kvrdma-put")
         self._closed = False
         check_order(self._order)
 
@@ -169,7 +171,8 @@ class PoolBackend(StorageBackend):
             session, self._session = self._session, None
         if session is not None:
             session.close()
-        self._workers.shutdown()
+        self._getters.shutdown()
+        self._putters.shutdown()
         for transport in self._transports.values():
             transport.close()
 
@@ -250,7 +253,8 @@ class PoolBackend(StorageBackend):
                 transfer.conclude(BackendError(f"{type(error).__name__}: {error}"))
 
         try:
-            self._workers.submit(run)
+            workers = self._getters if isinstance(transfer, GetTransfer) else self._putters
+            workers.submit(run)
         except RuntimeError:
             transfer.conclude(ClosedError("kvrdma:// backend: closed"))
 

@@ -103,7 +103,7 @@ class IoCursor:
         return int(n)
 
     def _advance(self) -> None:
-        first = int(np.searchsorted(self._ends, self.done, side="right"))
+        first = int(self._ends.searchsorted(self.done, side="right"))
         iovecs = self._iovecs
         rest = int(self._ends[first]) - self.done
         if rest < iovecs[first, 1]:

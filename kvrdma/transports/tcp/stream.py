@@ -21,7 +21,7 @@ from kvrdma.transports.tcp.wire import HEADER_NBYTES, Header
 logger = logging.getLogger(__name__)
 
 _CONTROL_NBYTES: Final = 16 << 10
-_LOW_WATER_NBYTES: Final = 1024 << 10
+_LOW_WATER_NBYTES: Final = 128 << 10
 _STEPS_A_TURN: Final = 32  # then the loop's other sockets have their turn
 _NO_IOVECS: Final = np.zeros((0, 2), dtype=np.int64)
 
