@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
@@ -567,6 +568,17 @@ class TransportSuite:
             assert held.ends == 1
             assert endpoint.closed()
 
+    def test_a_time_out_that_was_met_is_forgotten(self, sides: tuple[Side, Side]) -> None:
+        """Neither it nor twice of it ends anything once the transfer is terminal."""
+        here, there = sides
+        timeout = 0.2
+        batch = make_batch(Opcode.READ, here.region, there.export, column(0), column(0), column(64))
+        while here.endpoint.post(batch, timeout=timeout).result(PATIENCE_S).tolist() != [True]:
+            pass  # a machine that was busy for so long
+        until = time.monotonic() + 3 * timeout
+        while time.monotonic() < until:
+            self.check_works(sides)
+
     def test_cancel_without_an_answer_keeps_the_hold(self) -> None:
         """To ask for an end is not the end: only `abort` rules out that bytes still land."""
         with self.silent_peer() as address, self.make_transport() as transport:
@@ -889,6 +901,30 @@ class TransportSuite:
             for listener in listeners:
                 with pytest.raises(ClosedError):
                     listener.accept(timeout=0.01)
+
+    def test_connect_while_the_transport_closes(self) -> None:
+        """Whoever loses that race gets a `KVRDMAError`; no endpoint stays open."""
+        for _ in range(10):
+            left, right = self.make_transport(), self.make_transport()
+            listener = right.listen(self.address)
+            listener.on_endpoint(lambda _: None)
+            endpoints: list[Endpoint] = []
+            started = threading.Event()
+
+            def work(left: Transport, address: str, endpoints: list[Endpoint], started: threading.Event) -> None:
+                with contextlib.suppress(KVRDMAError):
+                    for _ in range(100):
+                        endpoints.append(left.connect(address, timeout=PATIENCE_S))
+                        started.set()
+
+            thread = threading.Thread(target=work, args=(left, listener.contact_address, endpoints, started))
+            thread.start()
+            assert started.wait(PATIENCE_S)
+            left.close()
+            thread.join(PATIENCE_S)
+            right.close()
+            assert not thread.is_alive()
+            assert all(endpoint.closed() for endpoint in endpoints)
 
     # -- helpers
 

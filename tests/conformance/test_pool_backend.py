@@ -1,15 +1,20 @@
 """The client of the pool server passes the suite, against a server in a process of its own."""
 
+import asyncio
+import contextlib
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 
 import pytest
 
-from kvrdma.backends import StorageBackend, open_backend
+from kvrdma.backends import GetStatus, PutStatus, StorageBackend, open_backend
 from kvrdma.memory import PinnedPool
+from kvrdma.server import PoolServer, ServerSettings
 from kvrdma.settings import Settings
-from kvrdma.testing.backends import PATIENCE_S, Bench, StorageBackendSuite
+from kvrdma.testing.backends import PATIENCE_S, SHARD, Bench, StorageBackendSuite
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +31,50 @@ def server() -> Iterator[str]:
             process.terminate()
             process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0
+
+
+@contextlib.contextmanager
+def server_here() -> Iterator[PoolServer]:
+    """A pool server in this process, whose memory a test can reach."""
+    started: Future[PoolServer] = Future()
+    stop = asyncio.Event()
+    loop = asyncio.new_event_loop()
+
+    async def serve() -> None:
+        server = PoolServer(ServerSettings(port=0, capacity=16 << 20))
+        await server.start()
+        started.set_result(server)
+        await server.serve_until(stop)
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
+    thread.start()
+    try:
+        yield started.result(PATIENCE_S)
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join(PATIENCE_S)
+        loop.close()
+
+
+def test_bytes_that_went_wrong_at_the_server_are_not_served_twice() -> None:
+    """Whoever finds them says so, and a good block can take their place."""
+    with server_here() as server, PinnedPool(4096, 16) as pool:
+        host, port = server.address
+        with open_backend(f"kvrdma://{host}:{port}", Settings()) as backend:
+            bench = Bench(backend, pool)
+            keys, source, target = bench.keys(4), pool.spans(range(4)), pool.spans(range(8, 12))
+            assert bench.put(keys, source).ok.all()
+            entry = server._store._entries[keys[2].tobytes() + SHARD.encode()]
+            entry.size_class.pool.view(entry.slot)[100] ^= 1
+            got = bench.get(keys, target)
+            assert got.status.tolist() == [GetStatus.OK, GetStatus.OK, GetStatus.CHECKSUM, GetStatus.OK]
+            assert bench.get(keys, target).status[2] == GetStatus.MISSING
+            assert backend.stats(timeout=PATIENCE_S)["dropped_wrong"] == 1
+            assert bench.put(keys, source).status.tolist() == [PutStatus.EXISTS] * 2 + [
+                PutStatus.STORED,
+                PutStatus.EXISTS,
+            ]
+            assert bench.get(keys, target).ok.all()
 
 
 class TestPoolBackend(StorageBackendSuite):

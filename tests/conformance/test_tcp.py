@@ -5,8 +5,12 @@ import socket
 import threading
 from collections.abc import Iterator
 
-from kvrdma.testing.transports import TransportSuite
-from kvrdma.transports import Transport
+import numpy as np
+
+from kvrdma.errors import ClosedError
+from kvrdma.memory import Memory
+from kvrdma.testing.transports import PATIENCE_S, TransportSuite, column, make_batch
+from kvrdma.transports import Opcode, Rights, TransferBatch, Transport
 from kvrdma.transports.tcp import TcpTransport, wire
 
 
@@ -37,6 +41,25 @@ class TestTcp(TransportSuite):
                 thread.join()
                 for sock in socks:
                     sock.close()
+
+    def test_what_was_not_sent_yet_ends_at_once(self) -> None:
+        """Cancelled while it waits behind others; those that were sent end when their peer says so, or by abort."""
+        n = 4096 * 4 * wire.MAX_DEPTH * 2  # more than four streams take
+        zeros = np.zeros(n, dtype=np.int64)
+        with self.silent_peer() as address, self.make_transport() as transport:
+            endpoint = transport.connect(address, timeout=PATIENCE_S)
+            region = transport.register(Memory.of(bytearray(8)))
+            remote = transport.export(region, Rights.READ)
+            many = TransferBatch(Opcode.READ, [region], [remote], zeros, zeros, zeros, zeros, zeros + 1)
+            one = make_batch(Opcode.READ, region, remote, column(0), column(0), column(1))
+            first, behind = endpoint.post(many), endpoint.post(one)
+            behind.cancel()
+            assert not behind.result(PATIENCE_S).any()
+            assert isinstance(behind.error, ClosedError)
+            first.cancel()
+            endpoint.abort()
+            assert first.done()
+            assert not first.ok.any()
 
 
 class TestTcpOnFourStreams(TestTcp):

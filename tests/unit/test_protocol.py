@@ -89,6 +89,14 @@ def test_another_version_is_named_with_ours() -> None:
         feed(FrameDecoder(peer="some peer"), b"HTTP/1.1 200 OK")
 
 
+def test_a_frame_may_be_as_large_as_is_allowed() -> None:
+    message = protocol.Release(0, 1, bytes(1000))
+    raw = encode(message)
+    assert feed(FrameDecoder(peer="peer", max_frame=len(raw) - 4), preface(), raw) == [message]
+    with pytest.raises(ProtocolError):
+        feed(FrameDecoder(peer="peer", max_frame=len(raw) - 5), preface(), raw)
+
+
 def test_a_frame_that_is_too_large_is_refused_before_it_comes() -> None:
     with pytest.raises(ProtocolError, match="frame of 101 bytes; 100"):
         feed(FrameDecoder(peer="peer", max_frame=100), preface() + struct.pack(">I", 101))

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import logging
+import select
 import socket
 import struct
 import threading
@@ -17,11 +18,12 @@ from hypothesis import strategies as st
 
 from kvrdma.errors import ClosedError, ConfigError, DeadlineError, ProtocolError
 from kvrdma.memory import Memory
-from kvrdma.transports import Endpoint, Opcode, Rights, Transfer, TransferBatch
+from kvrdma.transports import Endpoint, Opcode, Rights, TransferBatch
 from kvrdma.transports.regions import TOKEN_NBYTES, RangeStatus, RegionTable
 from kvrdma.transports.tcp import TcpTransport, wire
 from kvrdma.transports.tcp.iovec import IoCursor, make_iovecs
 from kvrdma.transports.tcp.loop import IoLoop
+from kvrdma.transports.tcp.responder import MAX_REPLIES_QUEUED
 from kvrdma.transports.tcp.transport import parse_address
 from kvrdma.transports.tcp.wire import Frame, Greeting, Header
 
@@ -277,10 +279,15 @@ def receive(sock: socket.socket, n: int) -> bytes:
 
 
 @contextmanager
-def guest(address: str, *, ticket: bytes = b"", session: bytes = b"s" * 16) -> Iterator[socket.socket]:
+def guest(
+    address: str, *, ticket: bytes = b"", session: bytes = b"s" * 16, rcvbuf: int | None = None
+) -> Iterator[socket.socket]:
     """A raw stream to a listener, greeted and answered."""
-    host, port = parse_address(address)
-    with socket.create_connection((host, port), timeout=PATIENCE_S) as sock:
+    with socket.socket() as sock:
+        if rcvbuf is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, rcvbuf)
+        sock.settimeout(PATIENCE_S)
+        sock.connect(parse_address(address))
         sock.sendall(Greeting(session, 0, 1, ticket).encode())
         wire.check_answer(receive(sock, wire.ANSWER_NBYTES))
         yield sock
@@ -326,11 +333,6 @@ def requests() -> dict[str, bytes]:
             column(1 << 62, 1 << 62, 1 << 62, 1 << 62, 8),
             8,
         ),
-        "one number for two reads": b"".join(
-            wire.encode_request(Frame.READ_REQUEST, 7, 0, [token], *(np.zeros(4, dtype=np.int64),) * 3, 0)
-            for _ in range(1)
-        )
-        + b"\xff" * wire.HEADER_NBYTES,
     }
 
 
@@ -349,6 +351,47 @@ def test_a_peer_that_breaks_the_protocol_is_left(
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     with guest(listener.contact_address, session=b"t" * 16):
         pass
+
+
+@pytest.mark.parametrize(
+    ("ops", "n_ranges", "size"),
+    [((7, 7), 1, 8 << 20), (tuple(range(MAX_REPLIES_QUEUED + 100)), 1, 8 << 20), ((1,), 9, 8 << 20)],
+    ids=["one number twice", "more than may wait", "more bytes than a reply holds"],
+)
+def test_a_peer_that_asks_too_much_is_left(
+    serving: TcpTransport, caplog: pytest.LogCaptureFixture, ops: tuple[int, ...], n_ranges: int, size: int
+) -> None:
+    """Of memory that it may read, and without taking what it asked for."""
+    listener = serving.listen("127.0.0.1:0")
+    token = serving.export(serving.register(Memory.of(bytearray(size))), Rights.READ).token
+    zeros = np.zeros(n_ranges, dtype=np.int64)
+    ended = threading.Event()
+    listener.on_endpoint(lambda endpoint: endpoint.add_close_callback(ended.set))
+    with guest(listener.contact_address, rcvbuf=4096) as sock:
+        sock.sendall(
+            b"".join(
+                wire.encode_request(Frame.READ_REQUEST, op, 0, [token], zeros, zeros, zeros + size, 0) for op in ops
+            )
+        )
+        assert ended.wait(PATIENCE_S)
+        assert gone(sock)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+@pytest.mark.parametrize("other", [Greeting(b"s" * 16, 1, 3, b"mine"), Greeting(b"s" * 16, 1, 2, b"yours")])
+def test_streams_that_do_not_belong_together(serving: TcpTransport, other: Greeting) -> None:
+    """Of one session, but of another ticket or number of streams: neither gets in."""
+    listener = serving.listen("127.0.0.1:0")
+    with contextlib.ExitStack() as stack:
+        socks = [
+            stack.enter_context(socket.create_connection(parse_address(listener.contact_address), timeout=PATIENCE_S))
+            for _ in range(2)
+        ]
+        for sock, greeting in zip(socks, (Greeting(b"s" * 16, 0, 2, b"mine"), other), strict=True):
+            sock.sendall(greeting.encode())
+        assert all(receive(sock, 1) == b"" for sock in socks)
+    with pytest.raises(DeadlineError):
+        listener.accept(timeout=0.01)
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -511,6 +554,37 @@ def test_a_reply_that_never_ends_is_ended() -> None:
         assert endpoint.closed()
 
 
+def test_a_reply_on_another_stream_writes_nothing() -> None:
+    """Two streams that write into the same memory could not be told apart at its end."""
+    with socket.create_server(("127.0.0.1", 0)) as server, TcpTransport(streams=2) as transport:
+
+        def serve() -> None:
+            with contextlib.ExitStack() as stack:
+                socks = {}
+                for _ in range(2):
+                    sock = stack.enter_context(server.accept()[0])
+                    socks[Greeting.decode(receive(sock, wire.GREETING_NBYTES)).index] = sock
+                for sock in socks.values():
+                    sock.sendall(wire.answer())
+                asked = select.select(list(socks.values()), [], [], PATIENCE_S)[0]
+                other = next(sock for sock in socks.values() if sock not in asked)
+                other.sendall(Header(Frame.READ_REPLY, 0, 0, 1, 1, 8).encode() + ALL_OK + b"w" * 8)
+                assert all(gone(sock) for sock in socks.values())
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        endpoint = transport.connect(f"127.0.0.1:{server.getsockname()[1]}", timeout=PATIENCE_S)
+        array = np.zeros(64, dtype=np.uint8)
+        region = transport.register(Memory.of(array))
+        remote = transport.export(region, Rights.READ)
+        batch = TransferBatch(Opcode.READ, [region], [remote], column(0), column(16), column(0), column(0), column(8))
+        transfer = endpoint.post(batch)
+        assert not transfer.result(PATIENCE_S).any()
+        assert endpoint.closed()
+        assert not array.any()
+        thread.join(PATIENCE_S)
+
+
 def test_what_came_while_the_loop_was_busy_is_read_to_its_end(serving: TcpTransport) -> None:
     """Replies that take more calls than the loop grants a socket in one turn, and after which nothing more comes."""
     busy, free = threading.Event(), threading.Event()
@@ -525,7 +599,7 @@ def test_what_came_while_the_loop_was_busy_is_read_to_its_end(serving: TcpTransp
         nbytes = np.full(4096, size, dtype=np.int64)
         return TransferBatch(Opcode.READ, [region], [remote], rows, scattered, rows, scattered, nbytes)
 
-    def block(_: Transfer) -> None:
+    def block() -> None:
         busy.set()
         free.wait(PATIENCE_S)
 
@@ -545,9 +619,7 @@ def test_what_came_while_the_loop_was_busy_is_read_to_its_end(serving: TcpTransp
         posted = [endpoint.post(read(size)) for size in sizes]
         raw = b"".join(answer(sock, size) for size in sizes)
         sock.sendall(raw[:5000])
-        itself = serving.connect(listener.contact_address, timeout=PATIENCE_S)
-        one = TransferBatch(Opcode.READ, [region], [remote], *(column(0),) * 4, column(1))
-        itself.post(one).add_done_callback(block)
+        serving._loop.call_soon(block)
         assert busy.wait(PATIENCE_S)
         sock.sendall(raw[5000:])
         free.set()
