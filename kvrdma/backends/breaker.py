@@ -43,6 +43,7 @@ class BreakerBackend(StorageBackend):
         self._state = BreakerState.CLOSED
         self._pause_s = FIRST_PAUSE_S
         self._retry_at = 0.0
+        self._trial_is_long = False
         self.failures = 0
 
     @property
@@ -96,11 +97,8 @@ class BreakerBackend(StorageBackend):
         hold: Lease | None,
         timeout: float,
     ) -> PutTransfer:
-        """Store; every key FAILED where the store is left alone.
-
-        Never the call that tries whether it answers again: it may take long, and lookups would wait for it.
-        """
-        if self._admit(may_try=False):
+        """Store; every key FAILED where the store is left alone."""
+        if self._admit(long=True):
             try:
                 transfer = self._inner.put(keys, shard, source, checksums, hold=hold, timeout=timeout)
             except Exception as error:  # whatever it is: it is a miss, and a trial must not stay open
@@ -124,12 +122,15 @@ class BreakerBackend(StorageBackend):
         """Pass on."""
         self._inner.close()
 
-    def _admit(self, *, may_try: bool = True) -> bool:
+    def _admit(self, *, long: bool = False) -> bool:
+        """Whether a call may go through. One that may take long is no trial that others wait for."""
         with self._guard:
             if self._state is BreakerState.CLOSED:
                 return True
-            if may_try and self._state is BreakerState.OPEN and self._clock() >= self._retry_at:
+            due = self._state is BreakerState.OPEN and self._clock() >= self._retry_at
+            if due or (self._state is BreakerState.TRYING and self._trial_is_long and not long):
                 self._state = BreakerState.TRYING
+                self._trial_is_long = long
                 return True
             return False
 
