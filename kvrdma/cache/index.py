@@ -25,6 +25,8 @@ from kvrdma.metrics import Metrics, Reason
 from kvrdma.policies import Event, EvictionPolicy, OffloadPolicy
 
 PUT_BATCH: Final = 64  # blocks a put job: a large save must not hold up what comes after it
+FETCH_BATCH: Final = 64  # blocks a fetch job: what has come counts at the deadline, though the rest has not
+_DEADLINE_GRACE: Final = 1.25  # a fetch ends by its own time-out; its report takes a step more
 _REMEMBERED_PER_SLOT: Final = 4  # evicted keys that are remembered, for the reasons of misses
 
 
@@ -280,7 +282,7 @@ class CacheIndex:
             slots,
             np.full((ranks, n), BlockStatus.PENDING, dtype=np.uint8),
             np.zeros(ranks, dtype=np.bool_),
-            self._clock() + timeout,
+            self._clock() + _DEADLINE_GRACE * timeout,
         )
         self._jobs_out.append(job)
         return job
@@ -289,7 +291,8 @@ class CacheIndex:
         for slot in slots:
             slot.offloaded = True  # L2 has it
         self.metrics.add("l2_fetch_asked_blocks", len(slots))
-        self._emit(JobKind.FETCH, slots, timeout=self.options.fetch_timeout_s)
+        for first in range(0, len(slots), FETCH_BATCH):
+            self._emit(JobKind.FETCH, slots[first : first + FETCH_BATCH], timeout=self.options.fetch_timeout_s)
 
     def _expire(self) -> None:
         """Settle fetches whose deadline has passed: what is not there on all ranks is given up."""

@@ -87,13 +87,10 @@ class TransferBatch:
     nbytes: Int64s
 
     def __post_init__(self) -> None:
-        columns = (
-            self.local_rows,
-            self.local_offsets,
-            self.remote_rows,
-            self.remote_offsets,
-            self.nbytes,
-        )
+        # Copies: what was checked here must be what is moved later, whatever the caller does with its arrays.
+        for name in ("local_rows", "local_offsets", "remote_rows", "remote_offsets", "nbytes"):
+            object.__setattr__(self, name, np.array(getattr(self, name)))
+        columns = (self.local_rows, self.local_offsets, self.remote_rows, self.remote_offsets, self.nbytes)
         if any(column.dtype != np.int64 or column.shape != self.nbytes.shape for column in columns):
             raise RegionError("batch: five int64 columns of one length are needed")
         if not len(self):

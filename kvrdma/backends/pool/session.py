@@ -190,6 +190,8 @@ class Session:
                         future = self._waiting.pop(message.seq, None)
                     if future is not None:
                         future.set_result(message)
+                    elif isinstance(message, protocol.GetReply):  # too late: nobody reads under its lease
+                        self.send(protocol.Release(0, message.lease, b""))
         except OSError as broken:
             error = TransportError(f"pool server {self.peer}: {broken.strerror or broken}")
         except ProtocolError as nonsense:

@@ -36,6 +36,7 @@ GREETING_TIMEOUT_S: Final = 5.0
 _BACKLOG: Final = 128
 _MAX_GREETING: Final = 256  # sockets that have not said yet who they are
 _ACCEPTS_A_TURN: Final = 32
+_ACCEPT_PAUSE_S: Final = 0.5
 
 
 class TcpTransport(Transport):
@@ -64,7 +65,7 @@ class TcpTransport(Transport):
         return self._table.register(memory)
 
     def deregister(self, region: MemoryRegion) -> None:
-        """Forget a region and revoke its exports, once requests that are being served are done with it."""
+        """Forget a region and revoke its exports. A request that is being served keeps the memory until it ends."""
         self._table.deregister(region)
 
     def export(self, region: MemoryRegion, rights: Rights) -> RemoteRegion:
@@ -214,7 +215,10 @@ class TcpListener(Listener):
             except BlockingIOError:
                 return
             except OSError as error:
+                # Out of descriptors, say: level-triggered, the loop would ask again at once, for ever.
                 logger.warning("tcp listener %s: accept failed: %s", self._contact, error)
+                self._loop.forget(self._sock.fileno())
+                self._loop.call_at(time.monotonic() + _ACCEPT_PAUSE_S, self._resume)
                 return
             if len(self._guests) >= _MAX_GREETING:
                 sock.close()
@@ -224,6 +228,10 @@ class TcpListener(Listener):
             self._guests.add(guest)
             self._loop.watch(sock.fileno(), READABLE, partial(self._on_greeting, guest))
             self._loop.call_at(time.monotonic() + GREETING_TIMEOUT_S, partial(self._dismiss, guest))
+
+    def _resume(self) -> None:
+        if not self._closed:
+            self._loop.watch(self._sock.fileno(), READABLE, lambda _: self._accept())
 
     def _on_greeting(self, guest: _Guest, events: int) -> None:
         try:
