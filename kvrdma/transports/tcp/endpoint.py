@@ -74,7 +74,7 @@ class _Piece:
     keepalive: Any
     number: int = 0
     stream: Stream | None = None
-    arriving: Bitmap | None = None
+    arriving: Bitmap | bool = False
 
 
 def _name_regions(remote: Sequence[RemoteRegion], rows: Int64s) -> tuple[list[bytes], Int64s]:
@@ -269,7 +269,7 @@ class TcpEndpoint(Endpoint):
                 return  # the rest waits here, where a LOAD can overtake it
             piece = heapq.heappop(self._waiting)[2]
             if piece.operation.cancelled:
-                self._finish_piece(piece, None)
+                self._finish_piece(piece, False)
                 continue
             piece.stream = stream
             stream.in_flight += 1
@@ -291,13 +291,14 @@ class TcpEndpoint(Endpoint):
                 frame.keepalive = piece.keepalive
             stream.send(frame)
 
-    def _finish_piece(self, piece: _Piece, ok: Bitmap | None) -> None:
+    def _finish_piece(self, piece: _Piece, ok: Bitmap | bool) -> None:
         operation = piece.operation
         if piece.stream is not None:
             piece.stream.in_flight -= 1
             piece.stream = None
-        if ok is None:
-            operation.ok[piece.rows] = False
+        if isinstance(ok, bool):
+            if not ok:
+                operation.ok[piece.rows] = False
         elif not ok.all():
             operation.ok[piece.rows[~ok]] = False
         operation.pieces_left -= 1
@@ -319,7 +320,7 @@ class TcpEndpoint(Endpoint):
         self._waiting = [entry for entry in self._waiting if entry[2].operation is not operation]
         heapq.heapify(self._waiting)
         for _, _, piece in waiting:
-            self._finish_piece(piece, None)
+            self._finish_piece(piece, False)
 
     def _time_out(self, operation: _Operation, timeout: float) -> None:
         self._cancel(operation, DeadlineError(f"tcp: {self._peer} did not serve a batch within {timeout} s"))
@@ -346,7 +347,7 @@ class TcpEndpoint(Endpoint):
         self._in_flight.clear()
         for piece in unfinished:
             piece.operation.error = piece.operation.error or error
-            self._finish_piece(piece, None)
+            self._finish_piece(piece, False)
         for callback in callbacks:
             call_guarded(callback)
 
@@ -391,16 +392,20 @@ class TcpEndpoint(Endpoint):
             or header.n_ranges not in {0, len(piece.rows)}
         ):
             raise ProtocolError(f"tcp: {header.frame.name} {header.op} answers no request of this stream")
-        status = np.frombuffer(body, dtype=np.uint8) if body else np.zeros(len(piece.rows), dtype=np.uint8)
-        ok = status == _OK
-        if not ok.all() and piece.operation.error is None:
-            piece.operation.error = RegionError(f"tcp: {explain(int(status[~ok][0]))}")
+        addresses, nbytes = piece.addresses, piece.nbytes
+        ok: Bitmap | bool = True  # without a body every range is OK
+        if body:
+            status = np.frombuffer(body, dtype=np.uint8)
+            ok = arrived = status == _OK
+            if piece.operation.error is None and not arrived.all():
+                piece.operation.error = RegionError(f"tcp: {explain(int(status[~arrived][0]))}")
+            addresses, nbytes = addresses[arrived], nbytes[arrived]
         if header.frame is Frame.READ_REPLY:
-            if header.payload_nbytes != int(piece.nbytes[ok].sum()):
+            if header.payload_nbytes != int(nbytes.sum()):
                 raise ProtocolError("tcp: a READ reply whose size is not that of its ranges")
             if header.payload_nbytes:
                 piece.arriving = ok
-                return make_iovecs(piece.addresses[ok], piece.nbytes[ok]), piece.keepalive
+                return make_iovecs(addresses, nbytes), piece.keepalive
         del self._in_flight[header.op]
         self._finish_piece(piece, ok)
         self._dispatch()

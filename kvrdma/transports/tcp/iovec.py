@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from kvrdma.layout import Int64s
 
 IOV_MAX: Final = 1024
+_MSG_DONTWAIT: Final = 0x40
+_MSG_WAITALL: Final = 0x100
 _MSG_NOSIGNAL: Final = 0x4000
 
 
@@ -43,37 +45,63 @@ def make_iovecs(addresses: Int64s, nbytes: Int64s) -> Int64s:
     """Lay out int64[m, 2], neighbours that touch merged into one."""
     n = len(addresses)
     if n > 1:
-        ends = addresses[:-1] + nbytes[:-1]
-        starts = np.flatnonzero(np.concatenate(([True], ends != addresses[1:])))
-        if len(starts) < n:
+        touches = addresses[:-1] + nbytes[:-1] == addresses[1:]
+        if touches.any():
+            starts = np.flatnonzero(np.concatenate(([True], ~touches)))
             nbytes = np.add.reduceat(nbytes, starts)
             addresses = addresses[starts]
-    return np.stack((addresses, nbytes), axis=1)
+    iovecs = np.empty((len(addresses), 2), dtype=np.int64)
+    iovecs[:, 0], iovecs[:, 1] = addresses, nbytes
+    return iovecs
 
 
 class IoCursor:
-    """Where a vectored send or receive stands. `keepalive` owns the memory that the iovecs point to."""
+    """Where a vectored send or receive stands. `keepalive` owns the memory that the iovecs point to.
+
+    `before` and `after` are (address, nbytes) of what comes first and last: a frame's head, the control buffer.
+    """
 
     __slots__ = ("_base", "_ends", "_first", "_iovecs", "_keepalive", "_message", "_pointer", "done", "total")
 
-    def __init__(self, iovecs: Int64s, keepalive: Any) -> None:
-        self._iovecs = np.ascontiguousarray(iovecs)
+    def __init__(
+        self,
+        iovecs: Int64s,
+        keepalive: Any,
+        *,
+        before: tuple[int, int] | None = None,
+        after: tuple[int, int] | None = None,
+    ) -> None:
+        first, last = int(before is not None), int(after is not None)
+        whole = np.empty((first + len(iovecs) + last, 2), dtype=np.int64)
+        whole[first : first + len(iovecs)] = iovecs
+        if before is not None:
+            whole[0] = before
+        if after is not None:
+            whole[-1] = after
+        self._iovecs = whole
         self._base = self._iovecs.ctypes.data
-        self._ends = np.cumsum(iovecs[:, 1])
+        self._ends = whole[:, 1].cumsum()
         self._first = 0
         self._keepalive = keepalive
         self._message = _MsgHdr()
         self._pointer = ctypes.addressof(self._message)
-        self.total = int(self._ends[-1]) if len(iovecs) else 0
+        self.total = int(self._ends[-1]) if len(whole) else 0
         self.done = 0
 
     def send(self, fd: int) -> int:
         """Send what the socket takes now: bytes, or -1 where it takes none; raises `OSError`."""
-        return self._move(_libc.sendmsg, fd, _MSG_NOSIGNAL)
+        return self._move(_libc.sendmsg, fd, _MSG_NOSIGNAL | _MSG_DONTWAIT, len(self._iovecs))
 
     def receive(self, fd: int) -> int:
         """Receive what is there now: bytes, 0 at the stream's end, -1 where nothing is there."""
-        return self._move(_libc.recvmsg, fd, 0)
+        return self._move(_libc.recvmsg, fd, _MSG_DONTWAIT, len(self._iovecs))
+
+    def linger(self, fd: int) -> int:
+        """Receive all but what comes last (`after`), waiting as long as the socket's SO_RCVTIMEO allows in all.
+
+        The kernel then copies each segment as it arrives, while the CPU's cache still holds it.
+        """
+        return self._move(_libc.recvmsg, fd, _MSG_WAITALL, len(self._iovecs) - 1)
 
     def fill(self, data: NDArray[np.uint8]) -> None:
         """Receive bytes that came in another way; no more than there is room for."""
@@ -87,10 +115,10 @@ class IoCursor:
             if self.done < self.total:
                 self._advance()
 
-    def _move(self, call: Any, fd: int, flags: int) -> int:
+    def _move(self, call: Any, fd: int, flags: int, end: int) -> int:
         message = self._message
         message.msg_iov = self._base + 16 * self._first
-        message.msg_iovlen = min(IOV_MAX, len(self._iovecs) - self._first)
+        message.msg_iovlen = min(IOV_MAX, end - self._first)
         while (n := call(fd, self._pointer, flags)) < 0:
             code = ctypes.get_errno()
             if code == errno.EAGAIN:

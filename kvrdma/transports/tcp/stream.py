@@ -70,7 +70,7 @@ class Stream:
         self._control = bytearray(_CONTROL_NBYTES)  # headers and bodies, as they come
         self._start = self._end = 0  # what of it is not taken yet
         self._control_array = np.frombuffer(self._control, dtype=np.uint8)
-        self._control_iovec = np.array([[self._control_array.ctypes.data, _CONTROL_NBYTES]], dtype=np.int64)
+        self._control_place = (self._control_array.ctypes.data, _CONTROL_NBYTES)
         self._large: bytearray | None = None  # a body that the control buffer cannot hold
         self._have = 0  # bytes of it
         self._payload: IoCursor | None = None  # ends with the control buffer
@@ -128,10 +128,14 @@ class Stream:
                     return
                 frame = heapq.heappop(self._queue)[2]
                 frame.started = True
-                head = np.frombuffer(frame.head, dtype=np.uint8)
-                first = np.array([[head.ctypes.data, head.nbytes]], dtype=np.int64)
-                iovecs = np.concatenate((first, frame.payload)) if len(frame.payload) else first
-                self._out = (frame, IoCursor(iovecs, (head, frame.keepalive)))
+                rest = frame.head if len(frame.payload) else self._send_small(frame.head)
+                if not rest:
+                    if frame.on_sent is not None:
+                        frame.on_sent()
+                    continue
+                head = np.frombuffer(rest, dtype=np.uint8)
+                cursor = IoCursor(frame.payload, (head, frame.keepalive), before=(head.ctypes.data, head.nbytes))
+                self._out = (frame, cursor)
             frame, cursor = self._out
             if cursor.send(self._fd) < 0:
                 self._watch(READABLE | WRITABLE)
@@ -141,18 +145,29 @@ class Stream:
                 if frame.on_sent is not None:
                     frame.on_sent()
 
+    def _send_small(self, head: bytes) -> bytes:
+        """Send a frame that is a head only; gives what the socket did not take."""
+        try:
+            return head[self._sock.send(head, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) :]
+        except BlockingIOError:
+            return head
+
     def _receive(self) -> None:
         for _ in range(_STEPS_A_TURN):
             if self._closed:
                 return
             if self._payload is not None:
                 asked = self._payload.total - self._payload.done
-                n = self._payload.receive(self._fd)
+                if self._out is None and asked > _CONTROL_NBYTES and self._loop.alone:
+                    n = self._payload.linger(self._fd)
+                    asked -= _CONTROL_NBYTES
+                else:
+                    n = self._payload.receive(self._fd)
             else:
                 target = self._room()
                 asked = len(target)
                 try:
-                    n = self._sock.recv_into(target)
+                    n = self._sock.recv_into(target, 0, socket.MSG_DONTWAIT)
                 except BlockingIOError:
                     n = -1
             if n == 0:
@@ -237,7 +252,7 @@ class Stream:
         if target is None:
             raise ProtocolError(f"tcp: {header.frame.name} brings a payload that nobody asked for")
         iovecs, keepalive = target
-        payload = IoCursor(np.concatenate((iovecs, self._control_iovec)), keepalive)
+        payload = IoCursor(iovecs, keepalive, after=self._control_place)
         n = min(self._end - self._start, header.payload_nbytes)
         payload.fill(self._control_array[self._start : self._start + n])
         self._start += n

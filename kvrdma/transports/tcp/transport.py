@@ -6,6 +6,7 @@ import logging
 import queue
 import secrets
 import socket
+import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ GREETING_TIMEOUT_S: Final = 5.0
 _BACKLOG: Final = 128
 _MAX_GREETING: Final = 256  # sockets that have not said yet who they are
 _ACCEPTS_A_TURN: Final = 32
+_LINGER_US: Final = 2000
 _ACCEPT_PAUSE_S: Final = 0.5
 
 
@@ -314,7 +316,9 @@ def parse_address(address: str, *, allow_zero: bool = False) -> tuple[str, int]:
 
 
 def _tune(sock: socket.socket) -> None:
-    sock.setblocking(False)
+    # Every call but one says MSG_DONTWAIT; the one that lingers on a payload does so for this long in all.
+    sock.setblocking(True)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 0, _LINGER_US))
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     # A peer that vanished without a word (power, cable) is noticed within about 12 s.
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

@@ -146,8 +146,9 @@ def encode_request(
 ) -> bytes:
     """Header and body of a READ or WRITE request."""
     header = Header(frame, priority, len(tokens), len(rows), op, payload_nbytes)
-    ranges = np.stack((rows, offsets, nbytes)).astype("<i8", copy=False).tobytes()
-    return b"".join((header.encode(), *tokens, ranges))
+    ranges = np.empty((3, len(rows)), dtype="<i8")
+    ranges[0], ranges[1], ranges[2] = rows, offsets, nbytes
+    return b"".join((header.encode(), *tokens, ranges.tobytes()))
 
 
 def decode_request(header: Header, body: bytes) -> tuple[list[bytes], Int64s, Int64s, Int64s]:
