@@ -60,19 +60,18 @@ class _Operation:
 
 @dataclass(slots=True, eq=False)
 class _Piece:
-    """What goes as one request on one stream."""
+    """What goes as one request on one stream. All that can be is prepared on the thread that posts."""
 
     operation: _Operation
     opcode: Opcode
     priority: int
+    number: int
     rows: Int64s
     addresses: Int64s
     nbytes: Int64s
-    tokens: list[bytes]
-    remote_rows: Int64s
-    remote_offsets: Int64s
+    iovecs: Int64s
+    frame: OutFrame
     keepalive: Any
-    number: int = 0
     stream: Stream | None = None
     arriving: Bitmap | bool = False
 
@@ -218,21 +217,36 @@ class TcpEndpoint(Endpoint):
             by_ranges = np.arange(len(rows)) // _PIECE_RANGES
             cuts[1:1] = (np.flatnonzero(np.diff(by_bytes) | np.diff(by_ranges)) + 1).tolist()
         keepalive = (batch.local, operation.transfer)
+        writes = batch.opcode is Opcode.WRITE
         pieces = []
         for first, last in itertools.pairwise(cuts):
             part = slice(first, last)
+            number, sizes = next(self._numbers), nbytes[part]
             tokens, names = _name_regions(batch.remote, remote_rows[part])
+            iovecs = make_iovecs(addresses[part], sizes)
+            head = wire.encode_request(
+                Frame.WRITE_REQUEST if writes else Frame.READ_REQUEST,
+                number,
+                priority,
+                tokens,
+                names,
+                remote_offsets[part],
+                sizes,
+                int(sizes.sum()) if writes else 0,
+            )
+            frame = OutFrame(head, priority, iovecs, keepalive) if writes else OutFrame(head, _URGENT)
+            frame.prepare()
             pieces.append(
                 _Piece(
                     operation,
                     batch.opcode,
                     priority,
+                    number,
                     rows[part],
                     addresses[part],
-                    nbytes[part],
-                    tokens,
-                    names,
-                    remote_offsets[part],
+                    sizes,
+                    iovecs,
+                    frame,
                     keepalive,
                 )
             )
@@ -258,7 +272,6 @@ class TcpEndpoint(Endpoint):
                 self._loop.call_at(now + 2 * timeout, lambda: self._give_up(timeout)),
             )
         for piece in pieces:
-            piece.number = next(self._numbers)
             heapq.heappush(self._waiting, (piece.priority, piece.number, piece))
         self._dispatch()
 
@@ -274,22 +287,7 @@ class TcpEndpoint(Endpoint):
             piece.stream = stream
             stream.in_flight += 1
             self._in_flight[piece.number] = piece
-            writes = piece.opcode is Opcode.WRITE
-            head = wire.encode_request(
-                Frame.WRITE_REQUEST if writes else Frame.READ_REQUEST,
-                piece.number,
-                piece.priority,
-                piece.tokens,
-                piece.remote_rows,
-                piece.remote_offsets,
-                piece.nbytes,
-                int(piece.nbytes.sum()) if writes else 0,
-            )
-            frame = OutFrame(head, piece.priority if writes else _URGENT)
-            if writes:
-                frame.payload = make_iovecs(piece.addresses, piece.nbytes)
-                frame.keepalive = piece.keepalive
-            stream.send(frame)
+            stream.send(piece.frame)
 
     def _finish_piece(self, piece: _Piece, ok: Bitmap | bool) -> None:
         operation = piece.operation
@@ -392,20 +390,21 @@ class TcpEndpoint(Endpoint):
             or header.n_ranges not in {0, len(piece.rows)}
         ):
             raise ProtocolError(f"tcp: {header.frame.name} {header.op} answers no request of this stream")
-        addresses, nbytes = piece.addresses, piece.nbytes
+        iovecs, nbytes = piece.iovecs, piece.nbytes
         ok: Bitmap | bool = True  # without a body every range is OK
         if body:
             status = np.frombuffer(body, dtype=np.uint8)
             ok = arrived = status == _OK
             if piece.operation.error is None and not arrived.all():
                 piece.operation.error = RegionError(f"tcp: {explain(int(status[~arrived][0]))}")
-            addresses, nbytes = addresses[arrived], nbytes[arrived]
+            nbytes = nbytes[arrived]
+            iovecs = make_iovecs(piece.addresses[arrived], nbytes)
         if header.frame is Frame.READ_REPLY:
             if header.payload_nbytes != int(nbytes.sum()):
                 raise ProtocolError("tcp: a READ reply whose size is not that of its ranges")
             if header.payload_nbytes:
                 piece.arriving = ok
-                return make_iovecs(addresses, nbytes), piece.keepalive
+                return iovecs, piece.keepalive
         del self._in_flight[header.op]
         self._finish_piece(piece, ok)
         self._dispatch()

@@ -36,6 +36,14 @@ class OutFrame:
     keepalive: Any = None
     started: bool = False
     on_sent: Callable[[], None] | None = None
+    cursor: IoCursor | None = None
+
+    def prepare(self) -> IoCursor | None:
+        """Make ready to be sent; nothing is left to do where there is no payload. On any thread."""
+        if self.cursor is None and len(self.payload):
+            head = np.frombuffer(self.head, dtype=np.uint8)
+            self.cursor = IoCursor(self.payload, (head, self.keepalive), before=(head.ctypes.data, head.nbytes))
+        return self.cursor
 
 
 class Inbox(Protocol):
@@ -128,13 +136,11 @@ class Stream:
                     return
                 frame = heapq.heappop(self._queue)[2]
                 frame.started = True
-                rest = frame.head if len(frame.payload) else self._send_small(frame.head)
-                if not rest:
+                cursor = frame.prepare() or self._send_small(frame)
+                if cursor is None:
                     if frame.on_sent is not None:
                         frame.on_sent()
                     continue
-                head = np.frombuffer(rest, dtype=np.uint8)
-                cursor = IoCursor(frame.payload, (head, frame.keepalive), before=(head.ctypes.data, head.nbytes))
                 self._out = (frame, cursor)
             frame, cursor = self._out
             if cursor.send(self._fd) < 0:
@@ -145,12 +151,16 @@ class Stream:
                 if frame.on_sent is not None:
                     frame.on_sent()
 
-    def _send_small(self, head: bytes) -> bytes:
-        """Send a frame that is a head only; gives what the socket did not take."""
+    def _send_small(self, frame: OutFrame) -> IoCursor | None:
+        """Send a frame that is a head only; gives a cursor over what the socket did not take."""
         try:
-            return head[self._sock.send(head, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) :]
+            sent = self._sock.send(frame.head, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
         except BlockingIOError:
-            return head
+            sent = 0
+        if sent == len(frame.head):
+            return None
+        rest = np.frombuffer(frame.head, dtype=np.uint8)[sent:]
+        return IoCursor(_NO_IOVECS, rest, before=(rest.ctypes.data, rest.nbytes))
 
     def _receive(self) -> None:
         for _ in range(_STEPS_A_TURN):
