@@ -18,8 +18,6 @@ from numpy.typing import NDArray
 from kvrdma.layout import Int64s
 
 IOV_MAX: Final = 1024
-_MSG_DONTWAIT: Final = 0x40
-_MSG_WAITALL: Final = 0x100
 _MSG_NOSIGNAL: Final = 0x4000
 
 
@@ -90,18 +88,11 @@ class IoCursor:
 
     def send(self, fd: int) -> int:
         """Send what the socket takes now: bytes, or -1 where it takes none; raises `OSError`."""
-        return self._move(_libc.sendmsg, fd, _MSG_NOSIGNAL | _MSG_DONTWAIT, len(self._iovecs))
+        return self._move(_libc.sendmsg, fd, _MSG_NOSIGNAL)
 
     def receive(self, fd: int) -> int:
         """Receive what is there now: bytes, 0 at the stream's end, -1 where nothing is there."""
-        return self._move(_libc.recvmsg, fd, _MSG_DONTWAIT, len(self._iovecs))
-
-    def linger(self, fd: int) -> int:
-        """Receive all but what comes last (`after`), waiting as long as the socket's SO_RCVTIMEO allows in all.
-
-        The kernel then copies each segment as it arrives, while the CPU's cache still holds it.
-        """
-        return self._move(_libc.recvmsg, fd, _MSG_WAITALL, len(self._iovecs) - 1)
+        return self._move(_libc.recvmsg, fd, 0)
 
     def fill(self, data: NDArray[np.uint8]) -> None:
         """Receive bytes that came in another way; no more than there is room for."""
@@ -115,10 +106,10 @@ class IoCursor:
             if self.done < self.total:
                 self._advance()
 
-    def _move(self, call: Any, fd: int, flags: int, end: int) -> int:
+    def _move(self, call: Any, fd: int, flags: int) -> int:
         message = self._message
         message.msg_iov = self._base + 16 * self._first
-        message.msg_iovlen = min(IOV_MAX, end - self._first)
+        message.msg_iovlen = min(IOV_MAX, len(self._iovecs) - self._first)
         while (n := call(fd, self._pointer, flags)) < 0:
             code = ctypes.get_errno()
             if code == errno.EAGAIN:

@@ -49,7 +49,6 @@ class IoLoop:
         self._timers: list[tuple[float, int, Timer]] = []
         self._order = itertools.count()
         self._closing = False
-        self.alone = False  # whether nothing but what is being handled was ready in this turn
         self._ended = False
         self._guard = threading.Lock()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -138,9 +137,7 @@ class IoLoop:
             wait = -1.0
             if self._timers:
                 wait = max(0.0, self._timers[0][0] - time.monotonic())
-            ready = self._epoll.poll(wait)
-            self.alone = len(ready) == 1
-            for fd, events in ready:
+            for fd, events in self._epoll.poll(wait):
                 if fd == self._wake_fd:
                     os.eventfd_read(fd)
                     continue

@@ -154,7 +154,7 @@ class Stream:
     def _send_small(self, frame: OutFrame) -> IoCursor | None:
         """Send a frame that is a head only; gives a cursor over what the socket did not take."""
         try:
-            sent = self._sock.send(frame.head, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            sent = self._sock.send(frame.head, socket.MSG_NOSIGNAL)
         except BlockingIOError:
             sent = 0
         if sent == len(frame.head):
@@ -168,16 +168,12 @@ class Stream:
                 return
             if self._payload is not None:
                 asked = self._payload.total - self._payload.done
-                if self._out is None and asked > _CONTROL_NBYTES and self._loop.alone:
-                    n = self._payload.linger(self._fd)
-                    asked -= _CONTROL_NBYTES
-                else:
-                    n = self._payload.receive(self._fd)
+                n = self._payload.receive(self._fd)
             else:
                 target = self._room()
                 asked = len(target)
                 try:
-                    n = self._sock.recv_into(target, 0, socket.MSG_DONTWAIT)
+                    n = self._sock.recv_into(target)
                 except BlockingIOError:
                     n = -1
             if n == 0:
