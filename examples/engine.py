@@ -27,6 +27,10 @@ class Engine:
         from vllm import EngineArgs, LLMEngine
         from vllm.config import KVTransferConfig
 
+        if options.get("tensor_parallel_size", 1) == 1:
+            # Left to itself vLLM gives an engine with a connector all cores, and one without all but one.
+            cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", cores)
         transfer = None
         if options.get("connector", True):
             transfer = KVTransferConfig(
