@@ -30,13 +30,15 @@ _WHOLE: Final = (".bin", ".pt", ".pth", ".gguf")  # no offsets to sample by: rea
 _cache: dict[tuple[int, int, int, int, bool], bytes] = {}
 
 
-def fingerprint(folder: Path, *, full: bool = False) -> str:
+def fingerprint(folder: Path, *, full: bool = False, every_format: bool = False) -> str:
     """32 hex digits over the content of every weights file of a model's folder.
+
+    With `every_format` files of other formats count beside safetensors, for loaders that read those.
 
     Raises:
         ConfigError: the folder holds no weights, or a file is not what its name says.
     """
-    files = weight_files(folder)
+    files = weight_files(folder, every_format=every_format)
     if not files:
         raise ConfigError(f"{folder}: no weights (*.safetensors, {', '.join(f'*{s}' for s in _WHOLE)}) to fingerprint")
     hasher = hashlib.blake2b(digest_size=16, person=b"kvrdma-weights")
@@ -45,9 +47,10 @@ def fingerprint(folder: Path, *, full: bool = False) -> str:
     return hasher.hexdigest()
 
 
-def weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path, *, every_format: bool = False) -> list[Path]:
     """The weights of a model: its safetensors files, or those of other formats where there are none."""
-    for patterns in (("*.safetensors",), tuple(f"*{suffix}" for suffix in _WHOLE)):
+    others = tuple(f"*{suffix}" for suffix in _WHOLE)
+    for patterns in (("*.safetensors", *others),) if every_format else (("*.safetensors",), others):
         files = sorted(file for pattern in patterns for file in folder.glob(pattern) if file.is_file())
         if files:
             return files

@@ -1,7 +1,7 @@
 """`TransferAgent`: does the jobs on one rank's memory, and reports. The index decides, the agent moves bytes.
 
-The caller's thread only enqueues and polls. Copies to and from the device run on one thread, in the order of
-the jobs; fetches and puts run in the backend, and their ends come back on its threads.
+The caller's thread only enqueues and polls. Copies from the device run on one thread and those to it on another,
+each in the order of its jobs; fetches and puts run in the backend, and their ends come back on its threads.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ class TransferAgent:
         self._on_report = on_report
         self._checksums: Checksums = np.zeros(pool.n_slots, dtype=np.uint64)
         self._reports: deque[JobReport] = deque()
-        self._copies = ThreadPoolExecutor(1, thread_name_prefix="kvrdma-copy")
+        # Loads have a thread of their own: a request waits for them, and for a save nobody does.
+        self._gathers = ThreadPoolExecutor(1, thread_name_prefix="kvrdma-gather")
+        self._scatters = ThreadPoolExecutor(1, thread_name_prefix="kvrdma-scatter")
         self._idle = threading.Condition()
         self._n_open = 0
         if backend is not None:
@@ -92,15 +94,17 @@ class TransferAgent:
         """Wait for the jobs under way; True where all have ended."""
         with self._idle:
             ended = self._idle.wait_for(lambda: self._n_open == 0, timeout)
-        self._copies.shutdown(wait=ended)
+        for copies in (self._gathers, self._scatters):
+            copies.shutdown(wait=ended)
         return ended
 
     def _begin(self, job: Job, fence: Fence | None) -> None:
         match job.kind:
             case JobKind.SAVE | JobKind.LOAD:
-                lease = self._pool.lease(job.slots, exclusive=job.kind is JobKind.SAVE)
+                saves = job.kind is JobKind.SAVE
+                lease = self._pool.lease(job.slots, exclusive=saves)
                 try:
-                    self._copies.submit(self._copy, job, lease, fence)
+                    (self._gathers if saves else self._scatters).submit(self._copy, job, lease, fence)
                 except RuntimeError:
                     lease.release()
                     raise ClosedError("agent: closed") from None
@@ -110,7 +114,7 @@ class TransferAgent:
                 self._put(job)
 
     def _copy(self, job: Job, lease: Lease, fence: Fence | None) -> None:
-        """SAVE and LOAD, on the copy thread."""
+        """SAVE and LOAD, on the thread of either."""
         status = np.full(len(job), BlockStatus.FAILED, dtype=np.uint8)
         failure: Exception | None = None
         try:

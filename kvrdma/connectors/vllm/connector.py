@@ -195,12 +195,20 @@ class KVRDMAConnector(KVConnectorBase_V1):
         """Whether saves under way will free device blocks."""
         return self._scheduler is not None and self._scheduler.holds_blocks()
 
-    @guarded(True)
     def reset_cache(self) -> bool | None:
-        """The weights have changed, or somebody wants an empty cache."""
+        """The weights have changed, or somebody wants an empty cache. If that fails, nothing is served any more."""
         if self._scheduler is not None:
-            self._scheduler.reset()
+            try:
+                self._scheduler.reset()
+            except Exception:
+                logger.exception("kvrdma: the cache could not be reset; it offers and saves nothing from now on")
+                self._disable()
         return True
+
+    @guarded()
+    def _disable(self) -> None:
+        assert self._scheduler is not None
+        self._scheduler.disable()
 
 
 def log_with_vllm() -> None:

@@ -31,13 +31,15 @@ _VOLATILE: Final = frozenset({"_name_or_path", "transformers_version", "_commit_
 
 def attention_spec(kv_cache_config: KVCacheConfig) -> AttentionSpec:
     """The only KV group's spec; raises `ConfigError` for models whose cache is not one group of attention."""
-    from vllm.v1.kv_cache_interface import AttentionSpec
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
 
     groups = kv_cache_config.kv_cache_groups
-    if len(groups) != 1 or not isinstance(groups[0].kv_cache_spec, AttentionSpec):
+    # Exactly these: vLLM puts null blocks into the tables of others (sliding windows, chunks), and no block of
+    # theirs stands for its whole prefix.
+    if len(groups) != 1 or type(groups[0].kv_cache_spec) not in {FullAttentionSpec, MLAAttentionSpec}:
         kinds = ", ".join(type(group.kv_cache_spec).__name__ for group in groups)
         raise ConfigError(
-            f"kvrdma serves models with one group of attention layers for now; this one has: {kinds}. "
+            f"kvrdma serves models with one group of full attention layers for now; this one has: {kinds}. "
             "Start vLLM without the connector, or with --disable-hybrid-kv-cache-manager where the model allows it"
         )
     return groups[0].kv_cache_spec
@@ -144,7 +146,9 @@ def _weights(vllm_config: VllmConfig, settings: Settings, folder: Path | None) -
     if settings.weights_version:
         return f"version:{settings.weights_version}"
     if folder is not None and weight_files(folder):
-        return f"content:{fingerprint(folder, full=settings.fingerprint == 'full')}"
+        # Who loads by another format than safetensors may read other files of the folder.
+        every = str(getattr(vllm_config.load_config, "load_format", "auto")) not in {"auto", "safetensors"}
+        return f"content:{fingerprint(folder, full=settings.fingerprint == 'full', every_format=every)}"
     logger.warning(
         "kvrdma: the weights of %s come from no file that can be fingerprinted, so no other engine shares this "
         "cache; set weights_version to name them",

@@ -15,13 +15,15 @@ class StepJobs(KVConnectorMetadata):
     """The scheduler half's jobs for every rank. `keyspace` comes with the first step and after each change.
 
     `loads` says which request each LOAD job is for; `failed_loads` are requests that wait for a load which
-    could not even be planned: the workers report them failed at once.
+    could not even be planned: the workers report them failed at once. `stale_loads` are LOAD jobs, sent before
+    or with this step, that a reset has overtaken: they are reported failed once their copy is terminal.
     """
 
     jobs: list[Job] = field(default_factory=list)
     keyspace: KeySpace | None = None
     loads: dict[int, str] = field(default_factory=dict)
     failed_loads: list[str] = field(default_factory=list)
+    stale_loads: list[int] = field(default_factory=list)
 
 
 @dataclass(slots=True)

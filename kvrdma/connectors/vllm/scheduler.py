@@ -83,6 +83,8 @@ class SchedulerHalf:
         self._loads: dict[int, str] = {}
         self._step = StepJobs(keyspace=self._keyspace)
         self._hash_budget_s = HASH_BUDGET_S
+        self._serving = True
+        self._was_reset = False
         logger.info(
             "kvrdma: %d slots on each of %d ranks, key space %s of %s, L2 %s",
             n_slots,
@@ -109,12 +111,13 @@ class SchedulerHalf:
         first = n_computed // self._block_tokens
         last = (request.num_tokens - 1) // self._block_tokens
         state.first, state.saved, state.n_offered, state.n_loaded = first, 0, 0, 0
-        if state.chain is None or last <= first or request.skip_reading_prefix_cache:
-            self._check_may_save(state)
+        if not self._serving or state.chain is None:
             return 0
         if not self._hash(state):
             return None
         self._check_may_save(state)
+        if last <= first or request.skip_reading_prefix_cache:
+            return 0
         self._carry()
         offer = self._index.lookup(request.request_id, state.chain.keys[:last], first)
         if self._prober is not None:
@@ -150,11 +153,14 @@ class SchedulerHalf:
         """Plan the saves of this step's tokens; give every job that is due."""
         self._hash_budget_s = HASH_BUDGET_S
         self._carry()
-        for new in output.scheduled_new_reqs:
-            self._plan_save(output, new.req_id, new.num_computed_tokens)
         cached = output.scheduled_cached_reqs
-        for request_id, n_computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
-            self._plan_save(output, request_id, n_computed)
+        computed = [(new.req_id, new.num_computed_tokens) for new in output.scheduled_new_reqs]
+        computed += zip(cached.req_ids, cached.num_computed_tokens, strict=True)
+        for request_id, n_computed in computed:
+            try:
+                self._plan_save(output, request_id, n_computed)
+            except Exception:  # one request's fault must not keep the others' jobs from their step
+                logger.exception("kvrdma: a save of request %s could not be planned", request_id)
         step, self._step = self._step, StepJobs()
         step.jobs = self._index.take_jobs()
         return step
@@ -192,9 +198,10 @@ class SchedulerHalf:
 
     def reset(self) -> None:
         """The weights have changed: nothing that was cached holds any more."""
+        self._was_reset = True
         self._keyspace = dataclasses.replace(self._keyspace, epoch=new_epoch())
         self._index.reset()
-        self._loads.clear()
+        self._step.stale_loads += self._loads  # sent or not: what they load is the old weights'
         self._step.keyspace = self._keyspace
         if self._prober is not None:
             self._prober.use_keyspace(self._keyspace)
@@ -203,6 +210,10 @@ class SchedulerHalf:
             state.may_save = False
             state.saved = 0
         logger.info("kvrdma: reset; key space %s from now on", self._keyspace.digest.hex()[:16])
+
+    def disable(self) -> None:
+        """Offer and save nothing any more: what is cached may be wrong."""
+        self._serving = False
 
     def close(self) -> None:
         """End the prober and its connection."""
@@ -216,7 +227,9 @@ class SchedulerHalf:
     def _state(self, request: Request) -> _Request:
         state = self._requests.get(request.request_id)
         if state is None:
-            state = self._requests[request.request_id] = _Request(request, self._chain(request))
+            state = self._requests[request.request_id] = _Request(
+                request, self._chain(request), may_save=not self._was_reset
+            )
         return state
 
     def _chain(self, request: Request) -> KeyChain | None:
@@ -261,15 +274,12 @@ class SchedulerHalf:
     def _plan_save(self, output: SchedulerOutput, request_id: str, n_computed: int) -> None:
         """Save the prompt's blocks that are full once this step's tokens are computed."""
         state = self._requests.get(request_id)
-        block_state = output.kv_connector_block_state
-        if (
-            state is None
-            or state.chain is None
-            or not state.may_save
-            or block_state is None
-            or self._block_pool is None
-        ):
+        block_state, pool = output.kv_connector_block_state, self._block_pool
+        if not self._serving or state is None or state.chain is None or not state.may_save:
             return
+        if block_state is None or pool is None:
+            return
+        self._hash(state)
         n_tokens = min(n_computed + output.num_scheduled_tokens[request_id], state.request.num_prompt_tokens)
         full = min(n_tokens // self._block_tokens, len(state.chain))
         if full <= state.saved:
@@ -286,12 +296,14 @@ class SchedulerHalf:
         if not rows or table is None:
             return
         blocks = [table[0][row] for row in rows]
+        if any(pool.blocks[block].is_null for block in blocks):
+            raise KVRDMAError("a null block stands in the request's table: it holds nobody's KV")
         job = self._index.save(
             [keys[row] for row in rows], blocks, parents=[keys[row - 1] if row else None for row in rows]
         )
         if job is not None:
             held = job.blocks.tolist()
-            self._block_pool.touch([self._block_pool.blocks[block] for block in held])
+            pool.touch([pool.blocks[block] for block in held])
             self._held[job.number] = held
             self._n_held += len(held)
 

@@ -51,6 +51,7 @@ class WorkerHalf:
         self._backend: BreakerBackend | None = None
         self._refused = ""  # why no job is done: set where the cache could be wrong
         self._loads: dict[int, str] = {}
+        self._stale: set[int] = set()
         self._begun: StepJobs | None = None
         self._reports: list[JobReport] = []
         self._failed_loads: list[str] = []
@@ -103,8 +104,9 @@ class WorkerHalf:
             request_id = self._loads.pop(report.number, None) if report.terminal else None
             if request_id is not None:
                 finished.add(request_id)
-                if (report.status != BlockStatus.OK).any():
+                if (report.status != BlockStatus.OK).any() or report.number in self._stale:
                     failed.add(request_id)
+                self._stale.discard(report.number)
         return finished, failed
 
     def reports(self) -> RankReports | None:
@@ -128,6 +130,7 @@ class WorkerHalf:
     def _learn(self, step: StepJobs) -> None:
         self._loads.update(step.loads)
         self._failed_loads += step.failed_loads
+        self._stale.update(number for number in step.stale_loads if number in self._loads)
         if step.keyspace is not None and self._agent is not None:
             backend = step.keyspace.attention.split("/")[0]
             if self._attention != {backend}:
