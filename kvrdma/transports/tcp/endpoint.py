@@ -39,7 +39,7 @@ from kvrdma.transports.tcp.wire import Frame, Header
 logger = logging.getLogger(__name__)
 
 PIECE_NBYTES: Final = 8 << 20
-MIN_PIECE_NBYTES: Final = 256 << 10
+MIN_PIECE_NBYTES: Final = 4 << 20
 _PIECE_RANGES: Final = 4096
 _OK: Final = int(RangeStatus.OK)  # members of an enum are slow to look up in CPython 3.11
 _URGENT: Final = -1
