@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from processes import EngineProcess, ProcessError, Server
+from processes import INTERRUPTS, EngineProcess, Process, ProcessError, Server
 from rich.console import Console
 from rich.table import Table
 
@@ -181,19 +181,30 @@ def show(
     Console().print(table)
 
 
+def interrupt(number: int, _: object) -> None:
+    """End the demo, once: what follows must not keep it from ending what it started."""
+    for other in INTERRUPTS:
+        signal.signal(other, signal.SIG_IGN)
+    raise KeyboardInterrupt(number)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Show that a second engine reuses the first one's KV cache.")
     parser.add_argument("--baseline", action="store_true", help="also measure against vLLM without the connector")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: what was started is ended
+    for number in INTERRUPTS:
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, interrupt)
     try:
         result = run(baseline=arguments.baseline)
     except StepError as error:
         print(f"demo failed: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupted:
         print("demo interrupted", file=sys.stderr)
-        return 130
+        return 128 + interrupted.args[0]
+    finally:
+        Process.close_all()
     print(json.dumps(result))
     return 0
 

@@ -2,7 +2,7 @@
 
     python examples/engine.py '{"model": "...", "l2": "kvrdma://127.0.0.1:7700"}'
 
-Commands come on stdin, one JSON object a line; each is answered by one on stdout:
+Commands come on stdin, one JSON object a line; each is answered by one on stdout. At the end of stdin it shuts down.
     {"do": "add", "id": "a", "tokens": [...], "max_tokens": 64}   begin a request
     {"do": "wait", "id": "a"}                                     step the engine until it has ended
     {"do": "step", "seconds": 1.0, "until": "a"}                  step for a while, or until a request has ended
@@ -20,6 +20,8 @@ import time
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+SHUTDOWN_TIMEOUT_S = 10.0
 
 
 class Engine:
@@ -99,6 +101,9 @@ class Engine:
     def encode(self, text: str) -> dict:
         return {"tokens": self.engine.get_tokenizer().encode(text)}
 
+    def close(self) -> None:
+        self.engine.engine_core.shutdown(timeout=SHUTDOWN_TIMEOUT_S)
+
     def _step(self) -> None:
         for output in self.engine.step():
             if output.finished:
@@ -129,6 +134,7 @@ def main() -> None:
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(answer), file=answers, flush=True)
+    engine.close()
 
 
 if __name__ == "__main__":

@@ -10,33 +10,58 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 HERE = Path(__file__).resolve().parent
 START_TIMEOUT_S = 180.0
+END_TIMEOUT_S = 20.0  # for an end that was asked for; then it is killed
 TAIL_LINES = 25
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class ProcessError(RuntimeError):
     """A process ended, or did not answer; the message has the end of its log."""
 
 
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold signals back that would interrupt: between the start of a process and the note of it."""
+    if threading.current_thread() is not threading.main_thread():  # handlers run on the main thread only
+        yield
+        return
+    came: list[int] = []
+    before = {number: signal.signal(number, lambda came_now, _: came.append(came_now)) for number in INTERRUPTS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)
+
+
 class Process:
     """A child in a session of its own, so that it can be ended with all that it started."""
+
+    running: ClassVar[list[Process]] = []  # those not closed yet
 
     def __init__(self, arguments: list[str], *, name: str, env: dict[str, str] | None = None) -> None:
         self.name = name
         self._log = tempfile.NamedTemporaryFile("w+", prefix=f"{name}-", suffix=".log")  # noqa: SIM115
-        self._process = subprocess.Popen(
-            [sys.executable, *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-            env={**os.environ, **(env or {})},
-            start_new_session=True,
-        )
+        with uninterrupted():
+            self._process = subprocess.Popen(
+                [sys.executable, *arguments],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._log,
+                text=True,
+                env={**os.environ, **(env or {})},
+                start_new_session=True,
+            )
+            Process.running.append(self)
 
     @property
     def pid(self) -> int:
@@ -51,22 +76,30 @@ class Process:
     def wait(self, timeout: float) -> int:
         return self._process.wait(timeout)
 
-    def close(self, timeout: float = 20.0) -> int:
+    def close(self) -> int:
         """End it and its children; gives its exit status. Idempotent."""
-        for pipe in (self._process.stdin, self._process.stdout):
-            with contextlib.suppress(OSError):
-                pipe.close()
         if self._process.poll() is None:
             self._process.terminate()
             try:
-                self._process.wait(timeout)
+                self._process.wait(END_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 self._process.kill()
         with contextlib.suppress(ProcessLookupError):  # the children of one that was killed
             os.killpg(self._process.pid, signal.SIGKILL)
         status = self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            with contextlib.suppress(OSError):
+                pipe.close()
         self._log.close()
+        with contextlib.suppress(ValueError):
+            Process.running.remove(self)
         return status
+
+    @classmethod
+    def close_all(cls) -> None:
+        """End all that were started and not closed, the last one first."""
+        for process in reversed(cls.running.copy()):
+            process.close()
 
     def failed(self, what: str) -> ProcessError:
         tail = "\n".join(self.log().splitlines()[-TAIL_LINES:])
@@ -84,23 +117,20 @@ class Server(Process):
 
     def __init__(self, *, capacity: str = "512MiB", port: int = 0) -> None:
         super().__init__(["-m", "kvrdma", "serve", "--port", str(port), "--capacity", capacity], name="kvrdma-serve")
-        self.address = ""
-        listening = threading.Event()
-
-        def follow() -> None:
-            while self._process.poll() is None and not listening.wait(0.02):
-                for line in self.log().splitlines():
-                    if line.startswith("listening on "):
-                        self.address = line.split()[-1]
-                        listening.set()
-            listening.set()
-
-        threading.Thread(target=follow, daemon=True).start()
-        listening.wait(START_TIMEOUT_S)
-        if not self.address:
-            error = self.failed("did not start")
+        try:
+            self.address = self._wait_listening()
+        except BaseException:  # an interrupt too: nobody else knows of the process yet
             self.close()
-            raise error
+            raise
+
+    def _wait_listening(self) -> str:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while self._process.poll() is None and time.monotonic() < deadline:
+            for line in self.log().splitlines(keepends=True):
+                if line.startswith("listening on ") and line.endswith("\n"):
+                    return line.split()[-1]
+            time.sleep(0.02)
+        raise self.failed("did not start")
 
     @property
     def url(self) -> str:
@@ -145,6 +175,15 @@ class EngineProcess(Process):
         if not self._ready:
             self._answer()
             self._ready = True
+
+    def close(self) -> int:
+        """Let the engine shut down, and with it the connector; then end what is left."""
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()  # no more commands: it ends by itself
+        if self._ready:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(END_TIMEOUT_S)
+        return super().close()
 
     def _answer(self) -> dict[str, Any]:
         line = self._process.stdout.readline()

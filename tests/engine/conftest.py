@@ -8,6 +8,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,10 @@ class Witness:
     def loaded(self, engine: str) -> list[dict[str, str]]:
         return [line for line in self.lines(engine) if line["what"] == "loaded"]
 
+    def shut_down(self, engine: str) -> set[str]:
+        """Which halves of an engine's connector have been shut down."""
+        return {line["half"] for line in self.lines(engine) if line["what"] == "shutdown"}
+
     def wrong(self, engine: str) -> list[str]:
         """Keys whose device bytes after a load are not those that were saved."""
         saved = self.saved()
@@ -112,8 +117,8 @@ def start_engine(witness: Witness) -> Iterator[Callable[..., EngineProcess]]:
         return engine
 
     yield start
-    for engine in running:
-        engine.close()
+    with ThreadPoolExecutor() as together:  # each takes some seconds to shut down
+        list(together.map(EngineProcess.close, running))
 
 
 @pytest.fixture(scope="session")

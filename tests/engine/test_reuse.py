@@ -197,6 +197,7 @@ def test_two_fine_tunes_under_one_name_and_path(
     base.wait_ready()
     store(server, base, tokens, max_tokens=8)
     base.close()
+    assert witness.shut_down("tiny") == {"scheduler", "worker"}  # an engine that ends lets the connector end
     for file in model.iterdir():
         file.unlink()
     shutil.copytree(MODELS / "tiny-tuned", model, dirs_exist_ok=True)

@@ -44,11 +44,19 @@ class WitnessConnector(KVRDMAConnector):
                 self.note("loaded", job)
         return results
 
+    def shutdown(self):
+        super().shutdown()
+        self.write([{"what": "shutdown", "half": "worker" if self._worker is not None else "scheduler"}])
+
     def note(self, what, job):
+        lines = []
+        for key, block in zip(job.keys, job.blocks.tolist(), strict=True):
+            digest = hashlib.sha256()
+            for layer in self.layers:
+                digest.update(layer[block].contiguous().view(torch.uint8).numpy().tobytes())
+            lines.append({"what": what, "key": key.tobytes().hex(), "digest": digest.hexdigest()})
+        self.write(lines)
+
+    def write(self, lines):
         with open(os.environ["WITNESS_FILE"], "a") as file:
-            for key, block in zip(job.keys, job.blocks.tolist(), strict=True):
-                digest = hashlib.sha256()
-                for layer in self.layers:
-                    digest.update(layer[block].contiguous().view(torch.uint8).numpy().tobytes())
-                line = {"what": what, "key": key.tobytes().hex(), "digest": digest.hexdigest()}
-                file.write(json.dumps(line) + "\n")
+            file.writelines(json.dumps(line) + "\n" for line in lines)

@@ -1,0 +1,57 @@
+"""A demo that is interrupted leaves no process behind."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+import psutil
+import pytest
+from serving import PATIENCE_S, eventually
+
+DEMO = Path(__file__).parents[2] / "examples" / "demo.py"
+
+
+def marked(mark: str) -> list[psutil.Process]:
+    """Every process that has inherited `mark` in its environment, whoever its parent is by now."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("DEMO_MARK") == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+@pytest.mark.parametrize("child", ["serve", "engine.py"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_interrupted(number: signal.Signals, child: str) -> None:
+    """As soon as a child is there: nobody has entered it into anything yet."""
+    mark = uuid.uuid4().hex
+    demo = subprocess.Popen(
+        [sys.executable, str(DEMO)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**psutil.Process().environ(), "DEMO_MARK": mark},
+    )
+    try:
+
+        def started() -> bool:
+            children = psutil.Process(demo.pid).children(recursive=True)
+            return any(argument.endswith(child) for process in children for argument in process.cmdline())
+
+        eventually(started)
+        demo.send_signal(number)
+        _, said = demo.communicate(timeout=PATIENCE_S)
+        assert demo.returncode == 128 + number
+        assert "demo interrupted" in said
+        eventually(lambda: not marked(mark))
+    finally:
+        for process in marked(mark):
+            process.kill()
+        demo.wait()
