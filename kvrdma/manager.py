@@ -19,7 +19,7 @@ from kvrdma.backends import StorageBackend, open_backend
 from kvrdma.backends.breaker import BreakerBackend
 from kvrdma.cache import Answer, CacheIndex, IndexOptions, JobKind, Prober, Slot, SlotState, TransferAgent
 from kvrdma.coordinator import Coordinator, SoloCoordinator
-from kvrdma.errors import CapacityError, ClosedError, ConfigError, KVRDMAError
+from kvrdma.errors import CapacityError, ClosedError, ConfigError, DeadlineError, KVRDMAError
 from kvrdma.keys import KeySpace, block_keys, pack_keys
 from kvrdma.layout import Shard
 from kvrdma.memory import PinnedPool
@@ -180,18 +180,19 @@ class KVCacheManager:
         request = f"acquire-{next(self._requests)}"
         deadline = time.monotonic() + timeout
         with self._changed:
-            while True:
-                self._check_open()
-                self._pump()
-                late = time.monotonic() >= deadline
-                offer = self._index.lookup(request, keys, 0, ready_only=late)
-                if offer.answer is Answer.OFFERED:
-                    slots = self._index.take(request, offer.n_blocks)
-                    self._index.finished(request)
+            try:
+                while True:
+                    self._check_open()
                     self._pump()
-                    return Hit(self, slots, self._keyspace.block_tokens)
+                    late = time.monotonic() >= deadline
+                    offer = self._index.lookup(request, keys, 0, ready_only=late)
+                    if offer.answer is Answer.OFFERED:
+                        return Hit(self, self._index.take(request, offer.n_blocks), self._keyspace.block_tokens)
+                    self._pump()
+                    self._changed.wait(min(_POLL_S, max(0.0, deadline - time.monotonic())))
+            finally:  # an interrupted wait must not leave blocks held
+                self._index.finished(request)
                 self._pump()
-                self._changed.wait(min(_POLL_S, max(0.0, deadline - time.monotonic())))
 
     def prefetch(self, tokens: Tokens) -> None:
         """Begin to bring a prompt's blocks from L2 into L1; returns at once. What it brings is not held."""
@@ -226,14 +227,21 @@ class KVCacheManager:
         return self._wait(lambda: not self._index.busy(JobKind.PUT, JobKind.SAVE), timeout)
 
     def delete(self, tokens: Tokens, *, timeout: float = 10.0) -> None:
-        """Drop a prompt's blocks from L1 and L2; raises `KVRDMAError` where L2 cannot be told."""
+        """Drop a prompt's blocks from L1 and L2, within `timeout` seconds.
+
+        Raises:
+            DeadlineError: blocks are still on their way to L2, so it could not be told yet; L1 has dropped them.
+            KVRDMAError: L2 cannot be told; L1 has dropped them.
+        """
         keys = block_keys(self._keyspace, tokens)
-        self.flush(timeout=timeout)
-        with self._changed:
-            self._check_open()
-            self._index.forget(keys)
-        if self._backend is not None and keys:
-            self._backend.delete(pack_keys(keys), timeout=timeout)
+        deadline = time.monotonic() + timeout
+        self._forget(keys)  # first, so that no put of them begins any more
+        if self._backend is None or not keys:
+            return
+        if not self.flush(timeout=timeout):
+            raise DeadlineError(f"delete: blocks are still on their way to L2 after {timeout} s, so it was not told")
+        self._backend.delete(pack_keys(keys), timeout=max(0.0, deadline - time.monotonic()))
+        self._forget(keys)  # what was fetched from L2 meanwhile
 
     # -- the rest
 
@@ -288,6 +296,11 @@ class KVCacheManager:
         if self._prober is not None:
             self._prober.submit(self._index.take_probes())
         self._agent.submit(self._index.take_jobs())
+
+    def _forget(self, keys: Sequence[bytes]) -> None:
+        with self._changed:
+            self._check_open()
+            self._index.forget(keys)
 
     def _wake(self) -> None:
         """Something is new; called on the agent's and the prober's threads."""

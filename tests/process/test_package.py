@@ -55,15 +55,7 @@ def test_it_runs_where_nothing_else_is_installed(wheel: Path, tmp_path: Path) ->
     venv.create(home, with_pip=False, symlinks=True)
     python = home / "bin" / "python"
     installer = [sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check"]
-    has_pip = subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True, check=False)
-    if has_pip.returncode != 0:
-        pytest.skip("pip is needed to install the wheel: python -m ensurepip")
-    try:
-        run(*installer, "install", "--quiet", wheel, cwd=tmp_path)
-    except AssertionError as error:
-        if "No matching distribution" in str(error) or "connection" in str(error).lower():
-            pytest.skip("a package index is needed for the dependencies of the wheel")
-        raise
+    run(*installer, "install", "--quiet", wheel, cwd=tmp_path)  # needs pip, and an index for the dependencies
     help_ = run(home / "bin" / "kvrdma", "--help", cwd=tmp_path)
     assert "serve" in help_
     assert "bench" in help_
