@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
@@ -10,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from kvrdma.bench.cache import CacheBench, CacheResult, run_cache_bench
 from kvrdma.bench.transport import TransportBench, TransportResult, run_transport_bench
 from kvrdma.errors import ConfigError
 from kvrdma.settings import parse_size
@@ -33,13 +36,57 @@ def transport(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
     """Move batches between two processes; beside it plain sockets moving the same batches at the same depth."""
-    try:
-        nbytes = parse_size(size)
-    except ValueError as error:
-        raise ConfigError(f"--size {size!r}: must be {error}") from None
     settings = TransportBench(
-        transport=transport, nbytes_per_block=nbytes, batch=batch, depth=depth, streams=streams, seconds=seconds
+        transport=transport,
+        nbytes_per_block=_size("--size", size),
+        batch=batch,
+        depth=depth,
+        streams=streams,
+        seconds=seconds,
     )
+    with _progress(settings.n_steps) as on_step:
+        result = run_transport_bench(settings, on_step=on_step)
+    if as_json:
+        typer.echo(json.dumps(result.to_json()))
+    else:
+        _show_transport(result)
+
+
+@app.command()
+def cache(
+    size: Annotated[str, typer.Option(help="Bytes a block, such as 256KiB.")] = "256KiB",
+    batch: Annotated[int, typer.Option(help="Blocks acquired at once.")] = 64,
+    working_set: Annotated[
+        str, typer.Option(help="Bytes that the copies go through; more than the CPU's caches hold.")
+    ] = "512MiB",
+    pool: Annotated[str, typer.Option(help="Size of the pool whose start is timed; less where memory is.")] = "16GiB",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+) -> None:
+    """Look up, hash, copy, and start a pool; the copies out of L1 beside memcpy's of the same bytes."""
+    settings = CacheBench(
+        nbytes_per_block=_size("--size", size),
+        batch=batch,
+        working_set=_size("--working-set", working_set),
+        pool=_size("--pool", pool),
+    )
+    with _progress(settings.n_steps) as on_step:
+        result = run_cache_bench(settings, on_step=on_step)
+    if as_json:
+        typer.echo(json.dumps(result.to_json()))
+    else:
+        _show_cache(result)
+
+
+def _size(option: str, text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise ConfigError(f"{option} {text!r}: must be {error}") from None
+
+
+@contextmanager
+def _progress(n_steps: int) -> Iterator[Callable[[str], None]]:
+    """A bar on stderr; gives what is to be told of each step."""
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -47,15 +94,30 @@ def transport(
         console=Console(stderr=True),
         transient=True,
     ) as progress:
-        task = progress.add_task("starting", total=settings.n_steps)
-        result = run_transport_bench(settings, on_step=lambda what: progress.update(task, advance=1, description=what))
-    if as_json:
-        typer.echo(json.dumps(result.to_json()))
-    else:
-        _show(result)
+        task = progress.add_task("starting", total=n_steps)
+        yield lambda what: progress.update(task, advance=1, description=what)
 
 
-def _show(result: TransportResult) -> None:
+def _show_cache(result: CacheResult) -> None:
+    settings, figures = result.settings, result.figures
+    table = Table(title=f"cache: {settings.batch} blocks of {settings.nbytes_per_block} bytes")
+    table.add_column("")
+    table.add_column("measured", justify="right")
+    for what, value in (
+        ("look up 1,000 keys in L1", f"{figures['lookup_1000_s'] * 1e3:.2f} ms"),
+        ("hash 131,072 tokens", f"{figures['hash_131072_s'] * 1e3:.1f} ms"),
+        ("  the longest slice of 0.9 ms", f"{figures['hash_longest_slice_s'] * 1e3:.2f} ms"),
+        ("acquire from L1 into the caller's memory", f"{figures['acquire_bytes_per_s'] / 1e9:.2f} GB/s"),
+        ("  over memcpy", f"{figures['acquire_ratio']:.2f}"),
+        ("CPU tensors to slots, consecutive", f"{figures['gather_consecutive_bytes_per_s'] / 1e9:.2f} GB/s"),
+        ("  neither consecutive", f"{figures['gather_scattered_bytes_per_s'] / 1e9:.2f} GB/s"),
+        (f"pool of {figures['pool_nbytes'] / 2**30:.2f} GiB, first slot", f"{figures['pool_ready_s']:.2f} s"),
+    ):
+        table.add_row(what, value)
+    Console().print(table)
+
+
+def _show_transport(result: TransportResult) -> None:
     settings = result.settings
     table = Table(
         title=f"{settings.transport}: {settings.batch} blocks of {settings.nbytes_per_block} bytes, "
