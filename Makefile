@@ -13,7 +13,9 @@ demo: setup ## serve a model with kvrdma (BASELINE=1: without it)
 test: setup ## run lint and all tiers of tests
 	@exec scripts/test.sh
 
-test-all: test demo ## test, then the demo
+test-all: setup ## test with long matrices and a hundred times the fuzzing, then the demo
+	@scripts/test.sh --thorough
+	@$(MAKE) --no-print-directory demo
 
 check: setup ## lint and the unit tests: what to run before a commit
 	@scripts/format.sh --check
