@@ -8,9 +8,20 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from fuzzing import Fuzzing
+from hypothesis import HealthCheck, settings
 
 _COUNTS = pytest.StashKey[dict[str, int]]()
 _SEED = pytest.StashKey[int]()
+
+# Of Hypothesis: a test that names its own `max_examples` leaves these no say.
+settings.register_profile("default", max_examples=100, stateful_step_count=50, deadline=None)
+settings.register_profile(
+    "thorough",
+    max_examples=2000,
+    stateful_step_count=100,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -19,7 +30,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--thorough",
         action="store_true",
         default=os.environ.get("KVRDMA_TEST_THOROUGH") == "1",
-        help="long matrices, and a hundred times the inputs of fuzzing; KVRDMA_TEST_THOROUGH=1 is the same",
+        help="long matrices, a hundred times the inputs of fuzzing, and Hypothesis's profile `thorough`; "
+        "KVRDMA_TEST_THOROUGH=1 is the same",
     )
     group.addoption("--fuzz-seed", type=int, help="draw the inputs of an earlier run again")
 
@@ -28,6 +40,7 @@ def pytest_configure(config: pytest.Config) -> None:
     seed = config.getoption("--fuzz-seed")
     config.stash[_SEED] = secrets.randbits(32) if seed is None else seed
     config.stash[_COUNTS] = {}
+    settings.load_profile("thorough" if config.getoption("--thorough") else "default")  # before --hypothesis-profile
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
