@@ -112,6 +112,10 @@ class Reservation:
 class KVCacheManager:
     """A pinned CPU cache with an L2 below it, for one rank. Thread-safe.
 
+    It can be used as soon as it is made, which takes as long as its first slab, whatever `l1_bytes` is: the other
+    slots are added in the background. `stats` has `l1_ready_blocks` beside `l1_capacity_blocks`; `wait_until_grown`
+    is for whoever wants all of them.
+
     Raises:
         ConfigError: a setting or URL that cannot be meant, or `l1_bytes` below one block.
         CapacityError: the host has not the memory.
@@ -150,6 +154,7 @@ class KVCacheManager:
                 fetch_timeout_s=settings.fetch_timeout,
                 put_timeout_s=settings.put_timeout,
                 waiting_share=settings.waiting_share,
+                growing=True,
             ),
         )
         self._changed = threading.Condition()
@@ -157,7 +162,7 @@ class KVCacheManager:
         self._prefetches: dict[str, list[bytes]] = {}
         self._closed = False
         try:
-            self.pool = PinnedPool(block_nbytes, n_slots)
+            self.pool = PinnedPool(block_nbytes, n_slots, in_background=True)
         except KVRDMAError:
             if backend is not None:
                 backend.close()
@@ -168,6 +173,9 @@ class KVCacheManager:
         if self._backend is not None:
             self._backend.use_keyspace(keyspace)
             self._prober = Prober(self._backend, [shard], timeout=settings.lookup_timeout, on_answer=self._wake)
+        with self._changed:
+            self._pump()
+        self._agent.grow()
 
     # -- reading
 
@@ -219,8 +227,18 @@ class KVCacheManager:
                 [keys[row] for row in rows], parents=[keys[row - 1] if row else None for row in rows]
             )
             if len(slots) < len(rows):
-                raise CapacityError(f"{len(rows)} blocks asked for; L1 has not room for all of them")
+                still = "; more slots are being added" if self._index.growing else ""
+                raise CapacityError(f"{len(rows)} blocks asked for; L1 has not room for all of them{still}")
             return Reservation(self, slots, rows)
+
+    def wait_until_grown(self, *, timeout: float = 60.0) -> bool:
+        """Wait until no more slots are added; True where all of `l1_bytes` is there."""
+        with self._changed:
+            self._check_open()
+            if not self._changed.wait_for(lambda: self._closed or not self._index.growing, timeout):
+                return False
+            stats = self._index.stats()
+            return bool(stats["l1_ready_blocks"] == stats["l1_capacity_blocks"])
 
     def flush(self, *, timeout: float = 60.0) -> bool:
         """Wait until everything that was to be offloaded is; False where that takes longer."""
@@ -289,6 +307,8 @@ class KVCacheManager:
                 self._index.on_probe(answer)
         for report in self._agent.poll():
             self._index.on_report(report)
+        if (pool := self._agent.poll_pool()) is not None:
+            self._index.on_pool(pool)
         for request, keys in list(self._prefetches.items()):
             if self._index.lookup(request, keys, 0, counted=False).answer is Answer.OFFERED:
                 self._index.finished(request)

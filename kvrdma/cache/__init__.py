@@ -2,7 +2,7 @@
 
 from kvrdma.cache.agent import TransferAgent
 from kvrdma.cache.index import CacheIndex, IndexOptions
-from kvrdma.cache.jobs import BlockStatus, Job, JobKind, JobReport, Probe, ProbeAnswer
+from kvrdma.cache.jobs import BlockStatus, Job, JobKind, JobReport, PoolReport, Probe, ProbeAnswer
 from kvrdma.cache.lookups import Gate, OpenGate
 from kvrdma.cache.prober import Prober
 from kvrdma.cache.requests import Answer, Offer
@@ -19,6 +19,7 @@ __all__ = [
     "JobReport",
     "Offer",
     "OpenGate",
+    "PoolReport",
     "Probe",
     "ProbeAnswer",
     "Prober",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,11 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvrdma.backends import GetStatus, GetTransfer, PutStatus, PutTransfer, StorageBackend
-from kvrdma.cache.jobs import BlockStatus, Job, JobKind, JobReport
+from kvrdma.cache.jobs import BlockStatus, Job, JobKind, JobReport, PoolReport
 from kvrdma.errors import ClosedError, KVRDMAError
 from kvrdma.keys import KeySpace, unpack_keys
 from kvrdma.layout import Checksums, Shard, checksum
-from kvrdma.memory import BlockCopier, Fence, Lease, PinnedPool
+from kvrdma.memory import BlockCopier, Fence, Lease, Memory, PinnedPool, PoolGrowth
 from kvrdma.transports import Transfer
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,11 @@ assert [int(GetStatus.OK), int(GetStatus.FAILED)] == [int(PutStatus.STORED), int
 
 
 class TransferAgent:
-    """One rank's half of the cache. `on_report` is called, on any thread, when `poll` has something new."""
+    """One rank's half of the cache. `on_report` is called, on any thread, when there is something new to poll.
+
+    The pool may have fewer slots than are planned: `grow` has them made in the background, and `poll_pool` says
+    how far it is.
+    """
 
     def __init__(
         self,
@@ -55,16 +60,19 @@ class TransferAgent:
         self._backend = backend
         self._copier = copier
         self._on_report = on_report
-        self._checksums: Checksums = np.zeros(pool.n_slots, dtype=np.uint64)
+        self._checksums: Checksums = np.zeros(pool.n_planned, dtype=np.uint64)
         self._reports: deque[JobReport] = deque()
         # Loads have a thread of their own: a request waits for them, and for a save nobody does.
         self._gathers = ThreadPoolExecutor(1, thread_name_prefix="kvrdma-gather")
         self._scatters = ThreadPoolExecutor(1, thread_name_prefix="kvrdma-scatter")
         self._idle = threading.Condition()
         self._n_open = 0
-        if backend is not None:
-            for memory in pool.memories:
-                backend.register(memory)
+        self._growth = PoolGrowth(pool, prepare=self._prepare, on_change=self._changed)
+        self._told_pool = False
+
+    def grow(self) -> None:
+        """Begin to bring the pool to its planned size; called once, and returns at once."""
+        self._growth.start()
 
     def use_keyspace(self, keyspace: KeySpace) -> None:
         """Say which key space the jobs that follow belong to."""
@@ -90,13 +98,34 @@ class TransferAgent:
             reports.append(self._reports.popleft())
         return reports
 
+    def poll_pool(self) -> PoolReport | None:
+        """How far the pool is: each time while it grows, and once when it has ended."""
+        growing = self._growth.growing  # before the number: that of a pool that has ended is its last
+        if self._told_pool:
+            return None
+        self._told_pool = not growing
+        return PoolReport(self._rank, self._growth.n_ready, growing, self._growth.failure)
+
     def close(self, *, timeout: float = 10.0) -> bool:
-        """Wait for the jobs under way; True where all have ended."""
+        """End the growth of the pool, and wait for the jobs under way; True where all have ended."""
+        deadline = time.monotonic() + timeout
+        ended = self._growth.close(timeout=timeout)
         with self._idle:
-            ended = self._idle.wait_for(lambda: self._n_open == 0, timeout)
+            left = max(0.0, deadline - time.monotonic())
+            ended = self._idle.wait_for(lambda: self._n_open == 0, left) and ended
         for copies in (self._gathers, self._scatters):
             copies.shutdown(wait=ended)
         return ended
+
+    def _prepare(self, memory: Memory) -> None:
+        if self._copier is not None:
+            self._copier.prepare(memory)
+        if self._backend is not None:
+            self._backend.register(memory)
+
+    def _changed(self) -> None:
+        if self._on_report is not None:
+            self._on_report()
 
     def _begin(self, job: Job, fence: Fence | None) -> None:
         match job.kind:
@@ -177,5 +206,4 @@ class TransferAgent:
         with self._idle:
             self._n_open -= 1
             self._idle.notify_all()
-        if self._on_report is not None:
-            self._on_report()
+        self._changed()

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvrdma.cache.jobs import BlockStatus, Job, JobKind, JobReport, Probe, ProbeAnswer
+from kvrdma.cache.jobs import BlockStatus, Job, JobKind, JobReport, PoolReport, Probe, ProbeAnswer
 from kvrdma.cache.lookups import Gate, Lookups, OpenGate
 from kvrdma.cache.requests import Offer
 from kvrdma.cache.slots import Slot, SlotState, SlotTable
@@ -40,6 +40,7 @@ class IndexOptions:
     fetch_timeout_s: float = 5.0
     put_timeout_s: float = 30.0
     waiting_share: float = 0.5
+    growing: bool = False  # there are no slots but those that every rank has reported (`on_pool`)
 
 
 @dataclass(slots=True, eq=False)
@@ -83,7 +84,9 @@ class CacheIndex:
             self.metrics,
             on_evict=lambda victims: self._put(victims, Event.EVICTING),
             remember=_REMEMBERED_PER_SLOT * capacity,
+            n_slots=0 if options.growing else capacity,
         )
+        self._pools = [PoolReport(rank, 0, growing=True) for rank in range(options.ranks if options.growing else 0)]
         self._lookups = Lookups(
             self._table,
             OpenGate() if gate is None else gate,
@@ -251,12 +254,30 @@ class CacheIndex:
             self._finish(state)
         return done
 
+    def on_pool(self, report: PoolReport) -> None:
+        """A rank's pool has grown, or will not grow any more: a slot is used once it is there on every rank."""
+        if not self.options.growing:
+            return
+        known = self._pools[report.rank]
+        self._pools[report.rank] = replace(
+            report, n_slots=max(known.n_slots, report.n_slots), growing=known.growing and report.growing
+        )
+        if report.failure and not known.failure:
+            self.metrics.add("l1_growth_failures")
+        self._table.grow(min(pool.n_slots for pool in self._pools))
+
+    @property
+    def growing(self) -> bool:
+        """Whether slots may still be added."""
+        return any(pool.growing for pool in self._pools)
+
     def stats(self) -> dict[str, Any]:
         """Counters and gauges by name."""
         return {
             **self.metrics.snapshot(),
             "l1_blocks": len(self._table),
             "l1_capacity_blocks": self._table.capacity,
+            "l1_ready_blocks": self._table.n_slots,
             "l1_free_blocks": self._table.n_free,
             "zombies": self._table.n_zombies,
             "jobs": len(self._jobs),

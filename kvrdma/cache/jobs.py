@@ -62,6 +62,16 @@ class JobReport:
     terminal: bool
 
 
+@dataclass(frozen=True, slots=True)
+class PoolReport:
+    """How far one rank's pool is: its slots 0..n_slots-1 can be used. `failure` says why it ended early."""
+
+    rank: int
+    n_slots: int
+    growing: bool
+    failure: str = ""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Probe:
     """A question to L2: which of these keys are there on every shard?"""

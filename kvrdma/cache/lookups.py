@@ -52,7 +52,7 @@ class Lookups:
         self._number = number
         self._clock = clock
         self._probe_timeout_s = probe_timeout_s
-        self._waiting_limit = int(waiting_share * table.capacity)
+        self._waiting_share = waiting_share
         self._requests: dict[str, Request] = {}
         self._probing: dict[int, Request] = {}
         self._probes_out: list[Probe] = []
@@ -188,7 +188,8 @@ class Lookups:
         wanted = self._gate.cut(l1_blocks=run, l2_blocks=len(fetch))
         request.refusals |= dict.fromkeys(fetch[wanted:], Reason.GATE)
         fetch = fetch[:wanted]
-        room = max(0, min(self._waiting_limit - self.n_waiting_slots, self._table.n_available))
+        limit = int(self._waiting_share * self._table.n_slots)
+        room = max(0, min(limit - self.n_waiting_slots, self._table.n_available))
         request.refusals |= dict.fromkeys(fetch[room:], Reason.NO_ROOM)
         return fetch[:room]
 

@@ -48,7 +48,8 @@ class Slot:
 class SlotTable:
     """Who is where. `on_evict` is told of victims before they go, and says which of them must wait.
 
-    A victim that must wait (its offload has just begun) becomes a ZOMBIE with a reference.
+    A victim that must wait (its offload has just begun) becomes a ZOMBIE with a reference. Of `capacity` slots
+    the first `n_slots` can be used; `grow` adds to them.
     """
 
     def __init__(
@@ -59,10 +60,11 @@ class SlotTable:
         *,
         on_evict: Callable[[Sequence[Slot]], None],
         remember: int,
+        n_slots: int | None = None,
     ) -> None:
         self.capacity = capacity
         self.policy = policy
-        self._allocator = SlotAllocator(capacity)
+        self._allocator = SlotAllocator(capacity if n_slots is None else n_slots)
         self._slots: dict[bytes, Slot] = {}
         self._metrics = metrics
         self._on_evict = on_evict
@@ -73,6 +75,17 @@ class SlotTable:
 
     def __len__(self) -> int:
         return len(self._slots)
+
+    @property
+    def n_slots(self) -> int:
+        """Slots that can be used by now."""
+        return len(self._allocator)
+
+    def grow(self, n_slots: int) -> None:
+        """Have the first `n_slots` be usable, at most `capacity`; never fewer than before."""
+        more = min(n_slots, self.capacity) - len(self._allocator)
+        if more > 0:
+            self._allocator.grow(more)
 
     @property
     def n_free(self) -> int:

@@ -1,6 +1,7 @@
 """Memory: slabs that are page-locked and registered once, slots, leases, and copies to and from a device."""
 
 from kvrdma.memory.copier import BlockCopier, Copy, CpuCopier, Fence
+from kvrdma.memory.growth import PoolGrowth
 from kvrdma.memory.pool import Lease, PinnedPool, Spans
 from kvrdma.memory.slab import MemfdSlabs, Memory, SlabReserve, SlabSource, available_memory_nbytes
 from kvrdma.memory.slots import SlotAllocator
@@ -14,6 +15,7 @@ __all__ = [
     "MemfdSlabs",
     "Memory",
     "PinnedPool",
+    "PoolGrowth",
     "SlabReserve",
     "SlabSource",
     "SlotAllocator",

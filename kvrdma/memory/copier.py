@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from kvrdma.errors import ConfigError, RegionError
 from kvrdma.layout import BlockLayout, Int64s
 from kvrdma.memory.pool import PinnedPool
-from kvrdma.memory.slab import bytes_at
+from kvrdma.memory.slab import Memory, bytes_at
 
 
 class Fence(Protocol):
@@ -49,6 +49,9 @@ class BlockCopier(Protocol):
 
     def register(self, layout: BlockLayout, pool: PinnedPool) -> None:
         """Fix where the device's blocks and the slots lie; called once for each group, in order."""
+
+    def prepare(self, memory: Memory) -> None:
+        """Make a slab that its pool has gained usable; called on the growing thread, before any of its slots is."""
 
     def fence(self) -> Fence:
         """Mark the engine's work queued so far."""
@@ -113,6 +116,9 @@ class CpuCopier:
             )
         self._groups.append((runs, pool))
         self._keepalive.append(layout)
+
+    def prepare(self, memory: Memory) -> None:
+        """Nothing to do: the memory is this process's."""
 
     def fence(self) -> Fence:
         """CPU work is done when its call returns."""

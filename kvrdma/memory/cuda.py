@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import threading
 from typing import Any, Final
 
 import numpy as np
@@ -16,6 +17,7 @@ from kvrdma.errors import ConfigError, KVRDMAError
 from kvrdma.layout import BlockLayout, Int64s
 from kvrdma.memory.copier import Copy, Fence, check_numbers
 from kvrdma.memory.pool import PinnedPool
+from kvrdma.memory.slab import Memory
 
 _PORTABLE: Final = 1  # cudaHostRegisterPortable
 _TO_HOST: Final = 2  # cudaMemcpyDeviceToHost
@@ -104,6 +106,7 @@ class CudaCopier:
         self._runtime = torch.cuda.cudart()
         self._streams = {way: torch.cuda.Stream(self._device) for way in (_TO_HOST, _TO_DEVICE)}
         self._groups: list[tuple[BlockLayout, PinnedPool]] = []
+        self._guard = threading.Lock()
         self._locked: list[int] = []
         self._batch_call = _find_batch_call()
 
@@ -112,10 +115,15 @@ class CudaCopier:
         if layout.nbytes != pool.slot_nbytes:
             raise ConfigError(f"a block has {layout.nbytes} bytes, a slot {pool.slot_nbytes}")
         for memory in pool.memories:
+            self.prepare(memory)
+        self._groups.append((layout, pool))
+
+    def prepare(self, memory: Memory) -> None:
+        """Page-lock a slab for the device; once, however often it is called."""
+        with self._guard, self._torch.cuda.device(self._device):  # threads begin on device 0
             if memory.address not in self._locked:
                 self._check(self._runtime.cudaHostRegister(memory.address, memory.nbytes, _PORTABLE))
                 self._locked.append(memory.address)
-        self._groups.append((layout, pool))
 
     def fence(self) -> Fence:
         """Mark the compute stream; on the engine's thread."""

@@ -18,6 +18,7 @@ from kvrdma.memory.slots import SlotAllocator
 
 SLOT_ALIGNMENT: Final = 64
 DEFAULT_SLAB_NBYTES: Final = 256 << 20
+_MAX_SLABS: Final = 512  # each has a descriptor and a registration
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +140,12 @@ class PinnedPool:
 
     Two ways of use: `allocate` takes slots from the pool's own free list; `lease` holds slots whose numbers
     somebody else manages (an engine's index, the same numbers on every rank). A pool is used in one of them.
+
+    With `in_background` it begins with its first slab alone, so that it can be used within a fraction of a second
+    whatever its size; a `PoolGrowth` brings it to `n_planned` slots.
+
+    Raises:
+        CapacityError: slots of no bytes, or more of them than the host has memory for.
     """
 
     def __init__(
@@ -147,14 +154,18 @@ class PinnedPool:
         n_slots: int = 0,
         *,
         source: SlabSource | None = None,
-        slab_nbytes: int = DEFAULT_SLAB_NBYTES,
+        slab_nbytes: int | None = None,
+        in_background: bool = False,
     ) -> None:
         if slot_nbytes < 1:
             raise CapacityError(f"pool: slots must hold at least 1 byte, not {slot_nbytes}")
         self.slot_nbytes = slot_nbytes
         self.slot_stride = -(-slot_nbytes // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
+        if slab_nbytes is None:
+            slab_nbytes = max(DEFAULT_SLAB_NBYTES, n_slots * self.slot_stride // _MAX_SLABS)
         self.slots_per_slab = max(1, slab_nbytes // self.slot_stride)
-        self._source = MemfdSlabs() if source is None else source
+        self.n_planned = n_slots
+        self._source: SlabSource = MemfdSlabs() if source is None else source
         self._guard = threading.Lock()
         self._growing = threading.Lock()
         self._memories: list[Memory] = []
@@ -164,7 +175,8 @@ class PinnedPool:
         self._n_leases = 0
         self._closed = False
         try:
-            self.grow(n_slots)
+            self._check_available(n_slots)
+            self.grow(min(n_slots, self.slots_per_slab) if in_background else n_slots)
         except BaseException:
             self.close()
             raise
@@ -184,11 +196,7 @@ class PinnedPool:
     def _grow(self, n_slots: int) -> Sequence[Memory]:
         if self.n_slots % self.slots_per_slab:
             raise CapacityError("pool: its last slab is not a whole one, so it cannot grow")
-        needed, available = n_slots * self.slot_stride, self._source.available_nbytes()
-        if needed > available:
-            raise CapacityError(
-                f"pool of {n_slots} slots of {self.slot_nbytes} bytes ({needed} bytes): {available} bytes are available"
-            )
+        self._check_available(n_slots)
         added: list[Memory] = []
         counts = [min(self.slots_per_slab, n_slots - first) for first in range(0, n_slots, self.slots_per_slab)]
         try:
@@ -209,11 +217,27 @@ class PinnedPool:
                 self._rows.append(whole[:, : self.slot_nbytes])
             self._allocator.grow(n_slots)
             self._holds = np.concatenate([self._holds, np.zeros(n_slots, dtype=np.int32)])
+            self.n_planned = max(self.n_planned, len(self._holds))
         return added
+
+    def available_nbytes(self) -> int:
+        """How many bytes it could grow by, as far as can be told."""
+        return self._source.available_nbytes()
+
+    def stop_growing(self) -> None:
+        """A growth under way ends soon, with `ClosedError`, and so does every later one."""
+        self._source.cancel()
+
+    def _check_available(self, n_slots: int) -> None:
+        needed, available = n_slots * self.slot_stride, self._source.available_nbytes()
+        if needed > available:
+            raise CapacityError(
+                f"pool of {n_slots} slots of {self.slot_nbytes} bytes ({needed} bytes): {available} bytes are available"
+            )
 
     @property
     def n_slots(self) -> int:
-        """How many slots there are."""
+        """How many slots there are by now."""
         return len(self._holds)
 
     @property

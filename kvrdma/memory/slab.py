@@ -16,12 +16,13 @@ from typing import Any, Final, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from kvrdma.errors import CapacityError, RegionError
+from kvrdma.errors import CapacityError, ClosedError, RegionError
 
 logger = logging.getLogger(__name__)
 
 PAGE_NBYTES: Final = mmap.PAGESIZE
 _MADV_POPULATE_WRITE: Final = 23  # Linux 5.14
+_CHUNK_NBYTES: Final = 8 << 20  # touched in one call: a few milliseconds in which nobody else can map memory
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -82,6 +83,9 @@ class SlabSource(Protocol):
     def release(self, memory: Memory) -> None:
         """Give back what `allocate` gave. Views that still exist keep the pages, not the descriptor."""
 
+    def cancel(self) -> None:
+        """An `allocate` under way ends soon with `ClosedError`, and every later one at once."""
+
 
 class MemfdSlabs:
     """Anonymous memory with a descriptor that a process on the same host can be given.
@@ -93,6 +97,7 @@ class MemfdSlabs:
     def __init__(self, *, lock: bool = True) -> None:
         self._lock = lock
         self._guard = threading.Lock()
+        self._cancelled = False
         self.locked_nbytes = 0
         self.unlocked_nbytes = 0
 
@@ -108,11 +113,10 @@ class MemfdSlabs:
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
             mapping = mmap.mmap(fd, nbytes, mmap.MAP_SHARED)
             array = np.frombuffer(mapping, dtype=np.uint8)
-            _touch(array)
+            self._populate(array)
         except BaseException:
             os.close(fd)
             raise
-        self._page_lock(array)
         return Memory(array.ctypes.data, nbytes, keepalive=array, fd=fd)
 
     def available_nbytes(self) -> int:
@@ -125,21 +129,36 @@ class MemfdSlabs:
         if memory.fd is not None:
             os.close(memory.fd)
 
-    def _page_lock(self, array: NDArray[np.uint8]) -> None:
-        if not self._lock:
-            return
-        refused = _libc.mlock(ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes))
+    def cancel(self) -> None:
+        """Have an allocation under way end after its next few MiB."""
+        self._cancelled = True
+
+    def _populate(self, array: NDArray[np.uint8]) -> None:
+        """Touch and lock the pages, in chunks. A slab is locked as a whole or not at all."""
+        refusal = None if self._lock else 0
+        for first in range(0, array.nbytes, _CHUNK_NBYTES):
+            if self._cancelled:
+                raise ClosedError("slab: its pool is being closed")
+            chunk = array[first : first + _CHUNK_NBYTES]
+            _touch(chunk)
+            if refusal is None and _libc.mlock(ctypes.c_void_p(chunk.ctypes.data), ctypes.c_size_t(chunk.nbytes)):
+                refusal = ctypes.get_errno()
+                _libc.munlock(ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes))
+        if self._lock:
+            self._count(array.nbytes, refusal)
+
+    def _count(self, nbytes: int, refusal: int | None) -> None:
         with self._guard:
-            if not refused:
-                self.locked_nbytes += array.nbytes
+            if refusal is None:
+                self.locked_nbytes += nbytes
                 return
             first = self.unlocked_nbytes == 0
-            self.unlocked_nbytes += array.nbytes
+            self.unlocked_nbytes += nbytes
         if first:
             logger.warning(
                 "pool memory is not page-locked (%s): copies and RDMA may be slower. "
                 "Raise the limit with `ulimit -l unlimited`, or LimitMEMLOCK=infinity in the unit file",
-                os.strerror(ctypes.get_errno()),
+                os.strerror(refusal),
             )
 
 
@@ -176,6 +195,9 @@ class SlabReserve:
     def release(self, memory: Memory) -> None:
         """Take a slab back."""
         self._free.append(memory)
+
+    def cancel(self) -> None:
+        """Nothing to do: to hand out a slab takes no time."""
 
     def close(self) -> None:
         """Give every slab back to where they came from."""
