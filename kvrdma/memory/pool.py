@@ -18,7 +18,7 @@ from kvrdma.memory.slots import SlotAllocator
 
 SLOT_ALIGNMENT: Final = 64
 DEFAULT_SLAB_NBYTES: Final = 256 << 20
-_MAX_SLABS: Final = 512  # each has a descriptor and a registration
+_MAX_SLABS: Final = 256  # each has two descriptors (the mapping has one of its own) and a registration
 
 
 @dataclass(frozen=True, slots=True)
