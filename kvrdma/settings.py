@@ -226,6 +226,8 @@ def _host(part: str, text: str) -> tuple[str, int | None]:
     try:
         split = urlsplit(f"//{part}")
         host, port = split.hostname, split.port
+        if host:
+            host.encode("idna")  # what the resolver would do with it: labels of 1 to 63 characters
     except ValueError:
         host, port = None, None
     if not host or port == 0 or part.endswith(":"):

@@ -766,6 +766,28 @@ class TransportSuite:
             transports[0].connect(listener.contact_address, timeout=PATIENCE_S, ticket=ticket)
             assert tickets[-1:] == [ticket]
 
+    def test_who_came_before_the_callback_is_handed_to_it(
+        self, transports: tuple[Transport, Transport], listener: Listener
+    ) -> None:
+        """Each endpoint goes to `accept` or to the callback, and none to neither."""
+        connected = threading.Semaphore(0)
+        tickets: list[bytes] = []
+        for ticket in (b"0", b"1", b"2"):
+            transports[0].connect(listener.contact_address, timeout=PATIENCE_S, ticket=ticket)
+        assert listener.accept(timeout=PATIENCE_S).ticket == b"0"
+
+        def take(endpoint: Endpoint) -> None:
+            tickets.append(endpoint.ticket)
+            connected.release()
+
+        listener.on_endpoint(take)
+        transports[0].connect(listener.contact_address, timeout=PATIENCE_S, ticket=b"3")
+        for _ in range(3):
+            assert connected.acquire(timeout=PATIENCE_S)
+        assert sorted(tickets) == [b"1", b"2", b"3"]
+        with pytest.raises(DeadlineError):
+            listener.accept(timeout=0.01)
+
     def test_accept_has_an_end(self, listener: Listener) -> None:
         """`DeadlineError` where nobody comes, `ClosedError` after `close`."""
         with pytest.raises(DeadlineError):

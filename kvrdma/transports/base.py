@@ -8,6 +8,7 @@ transfer is terminal. No order is promised between ranges or between transfers.
 from __future__ import annotations
 
 import logging
+import queue
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -263,7 +264,10 @@ class Listener(ABC):
 
     @abstractmethod
     def on_endpoint(self, callback: Callable[[Endpoint], None]) -> None:
-        """Hand every new endpoint to a callback, on the transport's thread, instead of to `accept`."""
+        """Hand endpoints to a callback, on the transport's thread, instead of to `accept`.
+
+        Every new one, and those that came before and were not accepted.
+        """
 
     @abstractmethod
     def close(self) -> None:
@@ -330,6 +334,20 @@ def call_guarded(callback: Callable[..., None], *args: Any) -> None:
         callback(*args)
     except Exception:
         logger.exception("a callback failed: %r", callback)
+
+
+def take_waiting(ready: queue.SimpleQueue[Endpoint | None]) -> list[Endpoint]:
+    """Empty a listener's queue; the None that says that it is closed stays in it."""
+    taken: list[Endpoint] = []
+    while True:
+        try:
+            endpoint = ready.get_nowait()
+        except queue.Empty:
+            return taken
+        if endpoint is None:
+            ready.put(None)
+            return taken
+        taken.append(endpoint)
 
 
 def check_open(closed: bool, what: str) -> None:

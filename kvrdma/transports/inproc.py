@@ -27,6 +27,7 @@ from kvrdma.transports.base import (
     Transport,
     call_guarded,
     check_open,
+    take_waiting,
 )
 from kvrdma.transports.regions import TOKEN_NBYTES, RangeStatus, RegionTable, explain
 
@@ -118,6 +119,7 @@ class InprocListener(Listener):
         self._name = name
         self._ready: queue.SimpleQueue[Endpoint | None] = queue.SimpleQueue()
         self._callback: Callable[[Endpoint], None] | None = None
+        self._guard = threading.Lock()
         self._closed = False
 
     @property
@@ -127,10 +129,12 @@ class InprocListener(Listener):
 
     def admit(self, endpoint: Endpoint) -> None:
         """Take a new peer's endpoint."""
-        if self._callback is not None:
-            self._callback(endpoint)
-        else:
-            self._ready.put(endpoint)
+        with self._guard:
+            callback = self._callback
+            if callback is None:
+                self._ready.put(endpoint)
+        if callback is not None:
+            call_guarded(callback, endpoint)
 
     def accept(self, *, timeout: float) -> Endpoint:
         """Wait for the next peer."""
@@ -145,8 +149,11 @@ class InprocListener(Listener):
         return endpoint
 
     def on_endpoint(self, callback: Callable[[Endpoint], None]) -> None:
-        """Hand every new endpoint to a callback."""
-        self._callback = callback
+        """Hand every endpoint that nobody has accepted to a callback."""
+        with self._guard:
+            self._callback = callback
+        for endpoint in take_waiting(self._ready):
+            call_guarded(callback, endpoint)
 
     def close(self) -> None:
         """Accept no more."""

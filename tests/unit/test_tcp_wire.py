@@ -16,8 +16,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvrdma.errors import ClosedError, ConfigError, DeadlineError, ProtocolError
+from kvrdma.backends import open_backend
+from kvrdma.errors import ClosedError, ConfigError, DeadlineError, ProtocolError, TransportError
 from kvrdma.memory import Memory
+from kvrdma.settings import Settings
 from kvrdma.transports import Endpoint, Opcode, Rights, TransferBatch
 from kvrdma.transports.regions import TOKEN_NBYTES, RangeStatus, RegionTable
 from kvrdma.transports.tcp import TcpTransport, wire
@@ -493,6 +495,30 @@ def test_connect_to_somebody_who_says_nothing(serving: TcpTransport) -> None:
         serving.connect(f"127.0.0.1:{server.getsockname()[1]}", timeout=0.1)
 
 
+@pytest.mark.parametrize("host", ["a..b", "x" * 64, "\u00e9" * 64])
+def test_a_name_that_no_host_can_have(serving: TcpTransport, host: str) -> None:
+    with pytest.raises(ConfigError, match="is not host:port"):
+        serving.connect(f"{host}:7700", timeout=PATIENCE_S)
+    with pytest.raises(ConfigError, match="is not host:port"):
+        serving.listen(f"{host}:7700")
+    with pytest.raises(ConfigError, match="is not host:port"):
+        open_backend(f"kvrdma://{host}", Settings())
+
+
+def test_a_connection_that_met_itself_is_none(serving: TcpTransport, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own greeting comes back, which begins as an answer does."""
+    create = socket.create_connection
+
+    def from_the_same_port(address: tuple[str, int], timeout: float) -> socket.socket:
+        return create(address, timeout, source_address=address)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        free = server.getsockname()[1]
+    monkeypatch.setattr(socket, "create_connection", from_the_same_port)
+    with pytest.raises(TransportError, match="nobody listens there"):
+        serving.connect(f"127.0.0.1:{free}", timeout=PATIENCE_S)
+
+
 @contextmanager
 def peer_that_answers(reply: bytes) -> Iterator[tuple[TcpTransport, Endpoint]]:
     """An endpoint whose peer answers the first request with these bytes, and then reads on."""
@@ -722,6 +748,32 @@ def test_a_listener_that_comes_too_late_leaves_no_socket() -> None:
     gc.collect()
 
 
+def test_timers_that_were_taken_back_are_not_kept() -> None:
+    """Each post with a time-out makes two, and their time is far away."""
+    loop = IoLoop("test")
+    left: list[int] = []
+    fired = threading.Event()
+
+    def start() -> None:
+        later = time.monotonic() + 3600
+        live = [loop.call_at(later, lambda: None) for _ in range(100)]
+        for _ in range(10_000):
+            timer = loop.call_at(later, lambda: None)
+            timer.cancel()
+            timer.cancel()
+        left.append(len(loop._timers))
+        for timer in live:
+            timer.cancel()
+        left.append(len(loop._timers))
+        loop.call_at(time.monotonic(), fired.set)
+
+    loop.call_soon(start)
+    assert fired.wait(PATIENCE_S)
+    loop.close()
+    assert 100 <= left[0] <= 300
+    assert left[1] <= 100
+
+
 def test_timers_fire_in_order_and_can_be_taken_back() -> None:
     loop = IoLoop("test")
     fired: list[str] = []
@@ -731,7 +783,8 @@ def test_timers_fire_in_order_and_can_be_taken_back() -> None:
         now = time.monotonic()
         loop.call_at(now + 0.02, lambda: (fired.append("second"), done.set()))
         loop.call_at(now + 0.01, lambda: fired.append("first"))
-        loop.call_at(now + 0.005, lambda: fired.append("never")).cancel()
+        for _ in range(200):
+            loop.call_at(now + 0.005, lambda: fired.append("never")).cancel()
 
     loop.call_soon(start)
     assert done.wait(PATIENCE_S)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import select
 import socket
 import threading
 import time
@@ -28,6 +29,7 @@ from kvrdma.transports import Endpoint
 logger = logging.getLogger(__name__)
 
 _CHUNK: Final = 1 << 16
+_NOTE_S: Final = 1.0  # for what wants no reply
 M = TypeVar("M", bound=Message)
 
 
@@ -65,12 +67,12 @@ class Session:
             self._sock.settimeout(None)
             self._reader.start()
             self.hello = self.call(lambda seq: Hello(seq, name), HelloReply, timeout=timeout)
+        except KVRDMAError:  # first: a DeadlineError is an OSError too
+            self.close()
+            raise
         except OSError as error:
             self.close()
             raise TransportError(f"pool server {self.peer}: {error.strerror or error}") from error
-        except KVRDMAError:
-            self.close()
-            raise
 
     @property
     def broken(self) -> bool:
@@ -82,18 +84,24 @@ class Session:
 
         Raises:
             BackendError: the server refused it, and said why.
-            DeadlineError: no reply within `timeout` seconds; the session lives on.
+            DeadlineError: no reply within `timeout` seconds; the session lives on, unless a part was sent.
             TransportError, ProtocolError: the session has ended.
         """
         seq = next(self._numbers)
         future: Future[Message] = Future()
+        deadline = time.monotonic() + timeout
         with self._guard:
             if self._error is not None:
                 raise self._error
             self._waiting[seq] = future
-        self.send(make(seq))
         try:
-            answer = future.result(timeout)
+            self.send(make(seq), timeout=timeout)
+        except DeadlineError:
+            with self._guard:
+                self._waiting.pop(seq, None)
+            raise
+        try:
+            answer = future.result(max(0.0, deadline - time.monotonic()))
         except FutureTimeoutError:
             with self._guard:
                 self._waiting.pop(seq, None)
@@ -109,12 +117,27 @@ class Session:
             raise error
         return answer
 
-    def send(self, message: Message) -> None:
+    def send(self, message: Message, *, timeout: float = _NOTE_S) -> None:
         """Send a message that wants no reply; raises as `call` does."""
-        raw = protocol.encode(message)
+        raw = memoryview(protocol.encode(message))
+        deadline = time.monotonic() + timeout
+        n = 0
         try:
-            with self._send_guard:
-                self._sock.sendall(raw)
+            if not self._send_guard.acquire(timeout=max(0.0, timeout)):
+                raise DeadlineError(f"pool server {self.peer}: other messages took longer than {timeout:.3g} s")
+            try:
+                while n < len(raw):
+                    try:
+                        n += self._sock.send(raw[n:], socket.MSG_DONTWAIT)
+                    except BlockingIOError:
+                        if not wait_until_writable(self._sock, deadline - time.monotonic()):
+                            raise DeadlineError(f"pool server {self.peer}: took no bytes for {timeout:.3g} s") from None
+            finally:
+                self._send_guard.release()
+        except DeadlineError as late:
+            if n:  # nothing that followed half a frame could be read
+                self.end(late)
+            raise
         except OSError as error:
             broken = TransportError(f"pool server {self.peer}: {error.strerror or error}")
             self.end(broken)
@@ -198,6 +221,13 @@ class Session:
             error = nonsense
         finally:
             self.end(error)
+
+
+def wait_until_writable(sock: socket.socket, timeout: float) -> bool:
+    """Whether a socket takes bytes within `timeout` seconds."""
+    poll = select.poll()
+    poll.register(sock, select.POLLOUT)
+    return timeout > 0 and bool(poll.poll(timeout * 1000))
 
 
 class Deadline:

@@ -22,19 +22,23 @@ logger = logging.getLogger(__name__)
 READABLE: Final = select.EPOLLIN
 WRITABLE: Final = select.EPOLLOUT
 _BROKEN: Final = select.EPOLLHUP | select.EPOLLERR
+_FEW_TIMERS: Final = 64  # so few are not worth a sweep
 
 
 class Timer:
     """A call in the future that can be taken back."""
 
-    __slots__ = ("call",)
+    __slots__ = ("_on_cancel", "call")
 
-    def __init__(self, call: Callable[[], None]) -> None:
+    def __init__(self, call: Callable[[], None], on_cancel: Callable[[], None]) -> None:
         self.call: Callable[[], None] | None = call
+        self._on_cancel = on_cancel
 
     def cancel(self) -> None:
-        """Do not call."""
-        self.call = None
+        """Do not call. On the loop's thread only."""
+        if self.call is not None:
+            self.call = None
+            self._on_cancel()
 
 
 class IoLoop:
@@ -47,6 +51,7 @@ class IoLoop:
         self._handlers: dict[int, Callable[[int], None]] = {}
         self._calls: deque[Callable[[], None]] = deque()
         self._timers: list[tuple[float, int, Timer]] = []
+        self._n_cancelled = 0  # of the timers
         self._order = itertools.count()
         self._closing = False
         self._ended = False
@@ -93,7 +98,7 @@ class IoLoop:
 
     def call_at(self, when: float, call: Callable[[], None]) -> Timer:
         """Run a call at a time of `time.monotonic`. On the loop's thread only."""
-        timer = Timer(call)
+        timer = Timer(call, self._note_cancelled)
         heapq.heappush(self._timers, (when, next(self._order), timer))
         return timer
 
@@ -148,9 +153,20 @@ class IoLoop:
                 self._guarded(self._calls.popleft())
             now = time.monotonic()
             while self._timers and self._timers[0][0] <= now:
-                call = heapq.heappop(self._timers)[2].call
-                if call is not None:
+                timer = heapq.heappop(self._timers)[2]
+                call, timer.call = timer.call, None
+                if call is None:
+                    self._n_cancelled -= 1
+                else:
                     self._guarded(call)
+
+    def _note_cancelled(self) -> None:
+        """Keep no more cancelled timers than live ones: their time may be far away."""
+        self._n_cancelled += 1
+        if self._n_cancelled > max(_FEW_TIMERS, len(self._timers) // 2):
+            self._timers = [entry for entry in self._timers if entry[2].call is not None]
+            heapq.heapify(self._timers)
+            self._n_cancelled = 0
 
     def _guarded(self, call: Callable[[], None]) -> None:
         try:

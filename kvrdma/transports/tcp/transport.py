@@ -24,11 +24,12 @@ from kvrdma.transports.base import (
     Transport,
     call_guarded,
     check_open,
+    take_waiting,
 )
 from kvrdma.transports.regions import RegionTable
 from kvrdma.transports.tcp import wire
 from kvrdma.transports.tcp.endpoint import TcpEndpoint
-from kvrdma.transports.tcp.loop import READABLE, IoLoop
+from kvrdma.transports.tcp.loop import READABLE, IoLoop, Timer
 
 logger = logging.getLogger(__name__)
 
@@ -90,19 +91,20 @@ class TcpTransport(Transport):
             for index in range(self._n_streams):
                 sock = socket.create_connection((host, port), timeout=_left(deadline, address))
                 socks.append(sock)
+                if sock.getsockname() == sock.getpeername():
+                    # Where nobody listens on a port of the ephemeral range, TCP may meet and greet itself.
+                    raise TransportError(f"tcp: cannot reach {address}: nobody listens there")
                 sock.sendall(wire.Greeting(session, index, self._n_streams, ticket).encode())
             for sock in socks:
                 wire.check_answer(_receive_exactly(sock, wire.ANSWER_NBYTES, deadline, address))
             return self._adopt(socks, peer=address, ticket=ticket)
-        except OSError as error:
+        except BaseException as error:
             for sock in socks:
                 sock.close()
             if isinstance(error, TimeoutError):
                 raise DeadlineError(f"tcp: {address} did not answer within {timeout} s") from None
-            raise TransportError(f"tcp: cannot reach {address}: {error.strerror or error}") from error
-        except BaseException:
-            for sock in socks:
-                sock.close()
+            if isinstance(error, OSError):
+                raise TransportError(f"tcp: cannot reach {address}: {error.strerror or error}") from error
             raise
 
     def listen(self, address: str) -> Listener:
@@ -157,6 +159,7 @@ class _Guest:
     buffer: bytearray = field(default_factory=lambda: bytearray(wire.GREETING_NBYTES))
     have: int = 0
     greeting: wire.Greeting | None = None
+    timer: Timer | None = None
 
 
 class TcpListener(Listener):
@@ -193,8 +196,14 @@ class TcpListener(Listener):
         return endpoint
 
     def on_endpoint(self, callback: Callable[[Endpoint], None]) -> None:
-        """Hand every new endpoint to a callback."""
-        self._callback = callback
+        """Hand every endpoint that nobody has accepted to a callback."""
+
+        def begin() -> None:
+            self._callback = callback
+            for endpoint in take_waiting(self._ready):
+                call_guarded(callback, endpoint)
+
+        self._loop.run(begin)
 
     def close(self) -> None:
         """Accept no more."""
@@ -228,7 +237,7 @@ class TcpListener(Listener):
             guest = _Guest(sock, f"{address[0]}:{address[1]}")
             self._guests.add(guest)
             self._loop.watch(sock.fileno(), READABLE, partial(self._on_greeting, guest))
-            self._loop.call_at(time.monotonic() + GREETING_TIMEOUT_S, partial(self._dismiss, guest))
+            guest.timer = self._loop.call_at(time.monotonic() + GREETING_TIMEOUT_S, partial(self._dismiss, guest))
 
     def _resume(self) -> None:
         if not self._closed:
@@ -268,7 +277,8 @@ class TcpListener(Listener):
         if indices != list(range(greeting.count)):
             return
         mates.sort(key=lambda g: g.greeting.index if g.greeting else 0)
-        self._guests.difference_update(mates)
+        for guest in mates:
+            self._strike(guest)
         try:
             endpoint = self._adopt([g.sock for g in mates], peer=mates[0].peer, ticket=greeting.ticket)
         except (OSError, ClosedError) as error:
@@ -298,9 +308,14 @@ class TcpListener(Listener):
 
     def _dismiss(self, guest: _Guest) -> None:
         if guest in self._guests:
-            self._guests.discard(guest)
+            self._strike(guest)
             self._loop.forget(guest.sock.fileno())
             guest.sock.close()
+
+    def _strike(self, guest: _Guest) -> None:
+        self._guests.discard(guest)
+        if guest.timer is not None:
+            guest.timer.cancel()
 
 
 def parse_address(address: str, *, allow_zero: bool = False) -> tuple[str, int]:
