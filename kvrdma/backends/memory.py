@@ -21,9 +21,9 @@ from kvrdma.backends.base import (
     check_batch,
     verify,
 )
-from kvrdma.backends.blockstore import BlockStore, Entry, check_capacity
+from kvrdma.backends.blockstore import BlockStore, check_capacity
 from kvrdma.errors import BackendError, ClosedError, ConfigError
-from kvrdma.keys import KEY_NBYTES, KeyBatch, KeySpace, unpack_keys
+from kvrdma.keys import KeyBatch, KeySpace, unpack_keys
 from kvrdma.layout import Checksums, Shard
 from kvrdma.memory import Lease, Memory, Spans
 from kvrdma.policies import policies
@@ -102,7 +102,7 @@ class MemoryBackend(StorageBackend):
         """Drop every shard of the keys."""
         with self._guard:
             self._check_open()
-            return self._store.delete(set(unpack_keys(keys)), KEY_NBYTES)
+            return self._store.delete(set(unpack_keys(keys)))
 
     def stats(self, *, timeout: float) -> dict[str, Any]:
         """The store's counters."""
@@ -149,7 +149,7 @@ class MemoryBackend(StorageBackend):
         for i, entry in enumerate(entries):
             if entry is None or entry.nbytes != sizes[i]:
                 continue
-            stored, offset = _bytes_of(entry), 0
+            stored, offset = entry.view(), 0
             for part in target.parts(i):
                 part[:] = stored[offset : offset + part.nbytes]
                 offset += part.nbytes
@@ -183,14 +183,10 @@ class MemoryBackend(StorageBackend):
         transfer.status[:] = np.where(present, PutStatus.EXISTS, PutStatus.DECLINED)
         for i, entry in enumerate(entries):
             if entry is not None:
-                np.concatenate(source.parts(i), out=_bytes_of(entry))
+                np.concatenate(source.parts(i), out=entry.view())
                 transfer.status[i] = PutStatus.STORED
         with self._guard:
             for i, entry in enumerate(entries):
                 if entry is not None:
                     self._store.commit(entry, int(checksums[i]))
         transfer.conclude()
-
-
-def _bytes_of(entry: Entry) -> np.ndarray:
-    return entry.size_class.pool.view(entry.slot)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from itertools import filterfalse, islice
 from typing import ClassVar
 
 from kvrdma.policies.base import EvictionPolicy
@@ -33,15 +34,8 @@ class LruPolicy(EvictionPolicy):
 
     def victims(self, n: int, *, is_pinned: Callable[[bytes], bool]) -> list[bytes]:
         """The n least recent keys that are not pinned, or none."""
-        chosen: list[bytes] = []
-        if n < 1:
-            return chosen
-        for key in self._touched:
-            if not is_pinned(key):
-                chosen.append(key)
-                if len(chosen) == n:
-                    return chosen
-        return []
+        chosen = list(islice(filterfalse(is_pinned, self._touched), max(0, n)))
+        return chosen if len(chosen) == n else []
 
     def evict(self, key: bytes) -> None:
         """Forget a victim; LRU keeps no ghosts."""

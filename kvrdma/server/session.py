@@ -44,13 +44,12 @@ class Slabs:
         rows = np.empty(len(entries), dtype=np.int64)
         offsets = np.empty(len(entries), dtype=np.int64)
         for i, entry in enumerate(entries):
-            pool = entry.size_class.pool
-            memory = pool.memories[entry.slot // pool.slots_per_slab]
+            memory = entry.memory
             if id(memory) not in row_of:
                 row_of[id(memory)] = len(memories)
                 memories.append(memory)
             rows[i] = row_of[id(memory)]
-            offsets[i] = entry.slot % pool.slots_per_slab * pool.slot_stride
+            offsets[i] = entry.offset
         return memories, rows, offsets
 
 
@@ -212,7 +211,7 @@ class ClientSession:
 
     def _delete(self, message: protocol.DeleteRequest) -> Message:
         self._check_keyspace(message.keyspace)
-        return protocol.DeleteReply(message.seq, self._store.delete(set(read_keys(message.keys)), KEY_NBYTES))
+        return protocol.DeleteReply(message.seq, self._store.delete(set(read_keys(message.keys))))
 
     def _begin_put(self, message: protocol.PutRequest) -> None:
         self._check_keyspace(message.keyspace)
@@ -353,8 +352,7 @@ def verify_entries(put: _Put, rows: list[int], reserved: list[Entry], arrived: B
     for i in np.flatnonzero(arrived):
         entry = reserved[i]
         key, shard = entry.name[:KEY_NBYTES], entry.name[KEY_NBYTES:]
-        view = entry.size_class.pool.view(entry.slot)
-        good[i] = checksum(key, shard, [view]) == int(put.checksums[rows[i]])
+        good[i] = checksum(key, shard, [entry.view()]) == int(put.checksums[rows[i]])
     return good
 
 

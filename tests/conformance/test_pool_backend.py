@@ -65,7 +65,7 @@ def test_bytes_that_went_wrong_at_the_server_are_not_served_twice() -> None:
             keys, source, target = bench.keys(4), pool.spans(range(4)), pool.spans(range(8, 12))
             assert bench.put(keys, source).ok.all()
             entry = server._store._entries[keys[2].tobytes() + SHARD.encode()]
-            entry.size_class.pool.view(entry.slot)[100] ^= 1
+            entry.view()[100] ^= 1
             got = bench.get(keys, target)
             assert got.status.tolist() == [GetStatus.OK, GetStatus.OK, GetStatus.CHECKSUM, GetStatus.OK]
             assert bench.get(keys, target).status[2] == GetStatus.MISSING

@@ -158,7 +158,7 @@ def test_a_block_that_rotted_in_l2_is_found_and_dropped(backend: MemoryBackend, 
     assert rank.do(JobKind.SAVE, [0, 1, 2], [0, 1, 2]) == [OK] * 3
     assert rank.do(JobKind.PUT, [0, 1, 2]) == [OK] * 3
     entry = backend._store._entries[KEYS[1] + SHARD.encode()]
-    entry.size_class.pool.view(entry.slot)[17] ^= 1
+    entry.view()[17] ^= 1
     assert rank.do(JobKind.FETCH, [4, 5, 6]) == [OK, CHECKSUM, OK]
     assert rank.do(JobKind.FETCH, [4, 5, 6]) == [OK, MISSING, OK]
     assert rank.do(JobKind.PUT, [0, 1, 2]) == [OK] * 3  # and may be stored again
@@ -176,7 +176,7 @@ def test_the_bytes_of_one_key_are_not_those_of_another(backend: MemoryBackend, r
     assert rank.do(JobKind.SAVE, [0, 1], [0, 1]) == [OK] * 2
     assert rank.do(JobKind.PUT, [0, 1]) == [OK] * 2
     first, second = (backend._store._entries[key + SHARD.encode()] for key in KEYS[:2])
-    second.size_class.pool.view(second.slot)[:] = first.size_class.pool.view(first.slot)
+    second.view()[:] = first.view()
     second.checksum = first.checksum  # whole, with its own checksum, but in the wrong place
     assert rank.do(JobKind.FETCH, [4, 5]) == [OK, CHECKSUM]
 
