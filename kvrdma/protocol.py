@@ -21,6 +21,8 @@ from kvrdma.layout import Int64s
 
 VERSION: Final = 1
 MAX_FRAME: Final = 16 << 20
+MAX_CONTAINERS: Final = 1 << 16  # lists and maps in one message
+MAX_DEPTH: Final = 8
 _MAGIC: Final = b"kvrdma"
 _PREFACE = struct.Struct(">6sH")
 _LENGTH = struct.Struct(">I")
@@ -239,8 +241,20 @@ def encode(message: Message) -> bytes:
 
 def decode(body: bytes) -> Message:
     """The message in one frame's body; raises `ProtocolError` on anything that is not exactly one."""
+    n_containers = 0
+
+    def count(container: Any) -> Any:
+        """Refuse early what costs many times its own bytes in memory."""
+        nonlocal n_containers
+        n_containers += 1
+        if n_containers > MAX_CONTAINERS:
+            raise ValueError(f"more than {MAX_CONTAINERS} lists and maps")
+        return container
+
     try:
-        values = msgpack.unpackb(body, raw=False, strict_map_key=True, use_list=True)
+        values = msgpack.unpackb(
+            body, raw=False, strict_map_key=True, use_list=True, list_hook=count, object_hook=count
+        )
     except (ValueError, msgpack.UnpackException, RecursionError) as error:
         raise ProtocolError(f"not a message: {error}") from error
     if not isinstance(values, list) or not values or type(values[0]) is not int:
@@ -256,7 +270,17 @@ def decode(body: bytes) -> Message:
             raise ProtocolError(f"{cls.__name__}.{field.name}: {field.type} expected")
         if isinstance(value, int) and value < 0:
             raise ProtocolError(f"{cls.__name__}.{field.name}: must not be negative")
+        if isinstance(value, list | dict) and not _is_shallow(value, MAX_DEPTH):
+            raise ProtocolError(f"{cls.__name__}.{field.name}: nested more than {MAX_DEPTH} deep")
     return cls(*values[1:])
+
+
+def _is_shallow(value: Any, depth: int) -> bool:
+    """Whether lists and maps are nested at most so deep: what is deeper, nobody could print."""
+    if not isinstance(value, list | dict):
+        return True
+    parts = value.values() if isinstance(value, dict) else value
+    return depth > 0 and all(_is_shallow(part, depth - 1) for part in parts)
 
 
 class FrameDecoder:

@@ -18,6 +18,7 @@ around it. A slab belongs to one size class at a time and goes where it is neede
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ _MAX_SLAB_NBYTES: Final = 256 << 20
 _SLABS_WANTED: Final = 16
 _ALIGNMENT: Final = 64
 _COLDER: Final = 2
+MAX_KEYSPACES: Final = 4096
 
 
 @dataclass(slots=True, eq=False)
@@ -134,7 +136,8 @@ class BlockStore:
         self._clock = 0
         self._nbytes = 0
         self._keyspaces: dict[bytes, int] = {}
-        self._spaces: list[KeySpace] = []
+        self._spaces: dict[int, KeySpace] = {}
+        self._space_numbers = itertools.count()
         self._blocks_in: Counter[int] = Counter()
         self._blocks_of: Counter[bytes] = Counter()  # by shard
         self.counts: Counter[str] = Counter()
@@ -142,22 +145,31 @@ class BlockStore:
     # -- key spaces
 
     def open_keyspace(self, keyspace: KeySpace) -> int:
-        """The number of a key space, the same each time."""
+        """The number of a key space, the same each time as long as it has blocks.
+
+        Engines make new ones without end, one at each update of their weights: of more than `MAX_KEYSPACES` an
+        empty one is forgotten. Its blocks would still be found, only `nearest_filled` does not know it.
+        """
         digest = keyspace.digest
-        if digest not in self._keyspaces:
-            self._keyspaces[digest] = len(self._spaces)
-            self._spaces.append(keyspace)
-        return self._keyspaces[digest]
+        number = self._keyspaces.get(digest)
+        if number is None:
+            if len(self._spaces) >= MAX_KEYSPACES:
+                oldest = next(iter(self._spaces))
+                empty = next((n for n in self._spaces if not self._blocks_in[n]), oldest)
+                del self._keyspaces[self._spaces.pop(empty).digest]
+            number = self._keyspaces[digest] = next(self._space_numbers)
+            self._spaces[number] = keyspace
+        return number
 
     def nearest_filled(self, keyspace: int) -> list[str]:
         """Where this key space is empty: the fields in which the nearest one that is not differs."""
-        if self._blocks_in[keyspace] > 0:
+        here = self._spaces.get(keyspace)
+        if here is None or self._blocks_in[keyspace] > 0:
             return []
-        here = self._spaces[keyspace]
         differences = [
-            here.differs(other)
-            for number, other in enumerate(self._spaces)
-            if number != keyspace and self._blocks_in[number] > 0
+            here.differs(self._spaces[number])
+            for number, n_blocks in self._blocks_in.items()
+            if n_blocks > 0 and number != keyspace and number in self._spaces
         ]
         return min(differences, key=len, default=[])
 
@@ -337,6 +349,8 @@ class BlockStore:
         self._blocks_of[shard] -= 1
         if not self._blocks_of[shard]:
             del self._blocks_of[shard]
+        if not self._blocks_in[entry.keyspace]:
+            del self._blocks_in[entry.keyspace]
         if entry.pins:
             slab.size_class.pinned.discard(entry.name)
         else:

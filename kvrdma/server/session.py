@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 MAX_LEASES: Final = 1024
 MAX_KEYSPACES: Final = 64
+MAX_KEYSPACE_NBYTES: Final = 16 << 10
+MAX_SHARDS: Final = 1024
 MAX_PUT_S: Final = 120.0
 ATTACH_TIMEOUT_S: Final = 5.0
 
@@ -76,7 +78,7 @@ class ClientSession:
         self._slabs = slabs
         self._send = send
         self._lease_s = lease_s
-        self._keyspaces: set[int] = set()
+        self._keyspaces: dict[int, None] = {}  # a set that knows which one is the oldest
         self._leases: dict[int, tuple[list[Entry], asyncio.TimerHandle]] = {}
         self._lease_numbers = itertools.count(1)
         self._endpoint: asyncio.Future[Endpoint] = asyncio.get_running_loop().create_future()
@@ -127,23 +129,28 @@ class ClientSession:
     # -- messages
 
     def _open_keyspace(self, message: protocol.OpenKeySpace) -> Message:
+        if sum(len(str(part)) for named in message.fields.items() for part in named) > MAX_KEYSPACE_NBYTES:
+            return protocol.ErrorReply(message.seq, f"a key space has at most {MAX_KEYSPACE_NBYTES} characters")
         try:
             keyspace = KeySpace.from_fields(message.fields)
         except ConfigError as error:
             return protocol.ErrorReply(message.seq, str(error))
         if keyspace.digest != message.digest:
             return protocol.ErrorReply(message.seq, "key space: its digest does not match its fields")
-        if len(self._keyspaces) >= MAX_KEYSPACES:
-            return protocol.ErrorReply(message.seq, f"a connection opens at most {MAX_KEYSPACES} key spaces")
         number = self._store.open_keyspace(keyspace)
-        self._keyspaces.add(number)
+        self._keyspaces.pop(number, None)
+        self._keyspaces[number] = None
+        if len(self._keyspaces) > MAX_KEYSPACES:  # an engine opens one more at each update of its weights
+            del self._keyspaces[next(iter(self._keyspaces))]
         return protocol.KeySpaceReply(message.seq, number)
 
     def _lookup(self, message: protocol.LookupRequest) -> Message:
         self._check_keyspace(message.keyspace)
         keys = read_keys(message.keys)
-        if not message.shards or not all(isinstance(s, bytes) and len(s) == SHARD_NBYTES for s in message.shards):
-            raise ProtocolError("lookup: shards of 10 bytes each are needed, at least one")
+        if not 1 <= len(message.shards) <= MAX_SHARDS or not all(
+            isinstance(shard, bytes) and len(shard) == SHARD_NBYTES for shard in message.shards
+        ):
+            raise ProtocolError(f"lookup: 1 to {MAX_SHARDS} shards of {SHARD_NBYTES} bytes each are needed")
         present = bytes(all(self._store.has(key + shard) for shard in message.shards) for key in keys)
         differs = [] if any(present) else self._store.nearest_filled(message.keyspace)
         self._store.counts["lookup_blocks"] += len(keys)

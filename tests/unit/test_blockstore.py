@@ -11,6 +11,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from kvrdma.backends import blockstore
 from kvrdma.backends.blockstore import BlockStore, Entry, check_capacity, slab_size
 from kvrdma.errors import CapacityError, ConfigError
 from kvrdma.keys import KeySpace
@@ -389,6 +390,22 @@ def test_the_nearest_key_space_that_is_not_empty() -> None:
         assert store.nearest_filled(0) == ["model", "weights"]
         store_all(store, 3)
         assert store.nearest_filled(0) == []
+
+
+def test_of_too_many_key_spaces_an_empty_one_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine makes a new one at each update of its weights: a server must not grow by that."""
+    monkeypatch.setattr(blockstore, "MAX_KEYSPACES", 3)
+    with opened(1) as store:
+        first = store.open_keyspace(SPACE)
+        store_all(store, 1, keyspace=first)
+        numbers = [store.open_keyspace(replace(SPACE, epoch=f"{i:032x}")) for i in range(1, 10)]
+        assert len({first, *numbers}) == 10
+        assert store.stats()["keyspaces"] == 3
+        assert store.open_keyspace(SPACE) == first
+        assert store.nearest_filled(numbers[0]) == []  # forgotten
+        assert store.nearest_filled(numbers[-1]) == ["epoch"]
+        store_all(store, 2, keyspace=numbers[0])  # its blocks are found all the same
+        assert has(store, 1, 2) == [True, True]
 
 
 def test_close_is_refused_while_a_block_is_read_and_idempotent_after() -> None:

@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 
 import numpy as np
 import pytest
+from by_hand import NBYTES, Bench, HandLoop
 from fuzzing import Fuzzer, Fuzzing
 
 from kvrdma.errors import ProtocolError
-from kvrdma.memory import Memory
 from kvrdma.transports import Opcode, RemoteRegion, Rights, TransferBatch
-from kvrdma.transports.regions import TOKEN_NBYTES, RegionTable
+from kvrdma.transports.regions import TOKEN_NBYTES
 from kvrdma.transports.tcp import wire
-from kvrdma.transports.tcp.endpoint import TcpEndpoint
-from kvrdma.transports.tcp.loop import READABLE, WRITABLE, Timer
 from kvrdma.transports.tcp.wire import Frame, Greeting, Header
 
-GUARD = 4096
-NBYTES = 4096
 
-
-def test_greetings_and_answers(fuzzing: Fuzzing) -> None:
+def test_greetings(fuzzing: Fuzzing) -> None:
     for draw in fuzzing.inputs(500, 100_000):
         greeting = Greeting(
             draw.randbytes(16), draw.randrange(3), draw.randrange(4), draw.randbytes(draw.randrange(33))
@@ -32,11 +27,6 @@ def test_greetings_and_answers(fuzzing: Fuzzing) -> None:
         raw = draw.mutated(greeting.encode())[: wire.GREETING_NBYTES].ljust(wire.GREETING_NBYTES, b"\0")
         with suppress(ProtocolError):
             assert len(Greeting.decode(raw).encode()) == wire.GREETING_NBYTES
-        raw = draw.mutated(wire.answer())[: wire.ANSWER_NBYTES].ljust(wire.ANSWER_NBYTES, b"\0")
-        try:
-            wire.check_answer(raw)
-        except ProtocolError:
-            assert raw != wire.answer()
 
 
 def test_headers_and_bodies(fuzzing: Fuzzing) -> None:
@@ -56,60 +46,6 @@ def test_headers_and_bodies(fuzzing: Fuzzing) -> None:
 
 
 # -- an endpoint, whose loop is turned by hand
-
-
-class HandLoop:
-    """An `IoLoop` without a thread: calls run at once, sockets are served when the test says so."""
-
-    def __init__(self) -> None:
-        self.handlers: dict[int, tuple[int, Callable[[int], None]]] = {}
-
-    def inside(self) -> bool:
-        return True
-
-    def call_soon(self, call: Callable[[], None]) -> None:
-        call()
-
-    run = call_soon
-
-    def call_at(self, when: float, call: Callable[[], None]) -> Timer:
-        return Timer(call)
-
-    def watch(self, fd: int, events: int, handler: Callable[[int], None]) -> None:
-        self.handlers[fd] = (events, handler)
-
-    def forget(self, fd: int) -> None:
-        self.handlers.pop(fd, None)
-
-    def turn(self) -> None:
-        for events, handler in list(self.handlers.values()):
-            handler(events & (READABLE | WRITABLE))
-
-
-class Bench:
-    """An endpoint, the other end of its socket, and memory between two guards that nobody may write."""
-
-    def __init__(self) -> None:
-        self.table = RegionTable("tcp")
-        self.whole = np.full(2 * GUARD + 2 * NBYTES, 0xEE, dtype=np.uint8)
-        self.exported = self.whole[GUARD : GUARD + NBYTES]
-        self.target = self.whole[GUARD + NBYTES : GUARD + 2 * NBYTES]
-        self.region = self.table.register(Memory.of(self.exported))
-        self.local = self.table.register(Memory.of(self.target))
-        self.tokens = {
-            rights: self.table.export(self.region, rights).token
-            for rights in (Rights.READ, Rights.WRITE, Rights.READ | Rights.WRITE)
-        }
-
-    def connect(self) -> tuple[TcpEndpoint, HandLoop, socket.socket]:
-        here, there = socket.socketpair()
-        here.setblocking(False)
-        there.setblocking(False)
-        loop = HandLoop()
-        return TcpEndpoint([here], loop, self.table, peer="peer", ticket=b""), loop, there  # type: ignore[arg-type]
-
-    def guarded(self) -> bool:
-        return bool((self.whole[:GUARD] == 0xEE).all() and (self.whole[-GUARD:] == 0xEE).all())
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import random
 import struct
+import tracemalloc
 from typing import Any
 
 import msgpack
@@ -187,6 +188,30 @@ def test_depth_and_length_bombs() -> None:
     ):
         with pytest.raises(ProtocolError):
             decode(body)
+
+
+def test_a_message_is_not_nested_deeper_than_anybody_could_print() -> None:
+    """Errors name the values that are wrong."""
+
+    def body(depth: int) -> bytes:
+        return b"\x94\x03\x01\x81\xa5model" + b"\x91" * depth + b"\xc0\xc4\0"
+
+    assert decode(body(protocol.MAX_DEPTH - 1)).seq == 1
+    for depth in (protocol.MAX_DEPTH, 1000):
+        with pytest.raises(ProtocolError, match=r"OpenKeySpace.fields: nested"):
+            decode(body(depth))
+
+
+def test_a_frame_of_empty_lists_does_not_cost_many_times_its_bytes() -> None:
+    n = 4 << 20
+    for empty in (b"\x90", b"\x80"):
+        body = b"\x95\x05\x01\x00\xc4\0\xdd" + struct.pack(">I", n) + empty * n
+        tracemalloc.start()
+        with pytest.raises(ProtocolError, match="lists and maps"):
+            decode(body)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 16 * len(body)
 
 
 # -- columns

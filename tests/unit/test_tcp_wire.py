@@ -8,11 +8,13 @@ import socket
 import struct
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
+from by_hand import Bench
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -681,6 +683,60 @@ def test_a_slow_reader_on_as_many_streams_as_there_can_be(serving: TcpTransport)
             assert Header.decode(receive(sock, wire.HEADER_NBYTES)).frame is Frame.READ_REPLY
         assert receive(socks[-1], size) == origin.tobytes()
         assert not endpoint.closed()
+
+
+def test_refused_bytes_cost_no_memory() -> None:
+    """A WRITE that is not allowed is received and forgotten, in a few bytes, however much it brings."""
+    bench = Bench()
+    endpoint, loop, there = bench.connect()
+    # Refused; of no region; allowed, between those.
+    sizes = column(8 << 20, 100_001, 16, 70_000)
+    tokens = [bytes(TOKEN_NBYTES), bench.tokens[Rights.WRITE]]
+    head = wire.encode_request(
+        Frame.WRITE_REQUEST, 7, 0, tokens, column(0, 5, 1, 0), column(0, 0, 8, 0), sizes, int(sizes.sum())
+    )
+    payload = bytes(sizes[0] + sizes[1]) + b"w" * 16 + bytes(sizes[3])
+    tracemalloc.start()
+    rest = memoryview(head + payload)
+    tracemalloc.reset_peak()
+    before = tracemalloc.get_traced_memory()[0]
+    while rest:
+        with contextlib.suppress(BlockingIOError):
+            rest = rest[there.send(rest) :]
+        loop.turn()
+    peak = tracemalloc.get_traced_memory()[1] - before
+    tracemalloc.stop()
+    loop.turn()
+    raw = there.recv(4096)
+    header = Header.decode(raw[: wire.HEADER_NBYTES])
+    assert (header.frame, header.op) == (Frame.WRITE_REPLY, 7)
+    assert [status == RangeStatus.OK for status in raw[wire.HEADER_NBYTES :]] == [False, False, True, False]
+    assert bench.exported.tobytes().count(b"w") == 16
+    assert bench.exported[8:24].tobytes() == b"w" * 16
+    assert bench.guarded()
+    assert peak < 1 << 20
+    endpoint.abort()
+    there.close()
+
+
+def test_a_peer_that_writes_and_never_reads_is_left() -> None:
+    """Its replies would pile up otherwise."""
+    bench = Bench()
+    endpoint, loop, there = bench.connect()
+    n = 1000
+    head = wire.encode_request(Frame.WRITE_REQUEST, 0, 0, [bytes(TOKEN_NBYTES)], *[np.ones(n, dtype=np.int64)] * 3, n)
+    request, sent = bytearray(head + bytes(n)), 0
+    while not endpoint.closed():
+        sent += 1
+        struct.pack_into("<Q", request, 8, sent)  # its number
+        rest = memoryview(bytes(request))
+        while rest and not endpoint.closed():
+            with contextlib.suppress(BlockingIOError, ConnectionError):
+                rest = rest[there.send(rest) :]
+            loop.turn()
+        assert sent < 10 * MAX_REPLIES_QUEUED
+    assert sent > MAX_REPLIES_QUEUED
+    there.close()
 
 
 # -- the loop

@@ -352,13 +352,13 @@ class PoolBackend(StorageBackend):
                 protocol.PutReply,
                 timeout=left + _GRACE_S,
             )
+            status = np.frombuffer(reply.status, dtype=np.uint8)
+            if len(status) != len(keys) or (status > PutStatus.FAILED).any():
+                raise ProtocolError(f"{len(keys)} keys were put, the reply makes no sense of them")
         except KVRDMAError as error:
             # The server may still be reading from our slots: only the end of the endpoint rules that out.
             session.end(error)
             raise
-        status = np.frombuffer(reply.status, dtype=np.uint8)
-        if len(status) != len(keys) or (status > PutStatus.FAILED).any():
-            raise ProtocolError(f"{len(keys)} keys were put, the reply makes no sense of them")
         transfer.status[:] = status
         transfer.conclude()
 

@@ -217,7 +217,7 @@ class Session:
                         self.send(protocol.Release(0, message.lease, b""))
         except OSError as broken:
             error = TransportError(f"pool server {self.peer}: {broken.strerror or broken}")
-        except ProtocolError as nonsense:
+        except KVRDMAError as nonsense:  # or a send that failed
             error = nonsense
         finally:
             self.end(error)

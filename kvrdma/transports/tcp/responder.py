@@ -17,6 +17,7 @@ from kvrdma.transports.tcp.stream import OutFrame, Stream
 from kvrdma.transports.tcp.wire import Frame, Header
 
 MAX_REPLIES_QUEUED: Final = wire.MAX_STREAMS * wire.MAX_DEPTH
+_SCRATCH_NBYTES: Final = 64 << 10
 
 _Key = tuple[Stream, int]
 
@@ -52,22 +53,29 @@ class Responder:
     def write(self, stream: Stream, header: Header, body: bytes) -> tuple[Int64s, Any]:
         """Say where the payload goes; ranges that are not allowed go to a place that nobody reads."""
         key = (stream, header.op)
-        if key in self._writes:
-            raise ProtocolError("tcp: a number is used for two WRITE requests")
+        if key in self._writes or len(self._writes) >= MAX_REPLIES_QUEUED:
+            raise ProtocolError(f"tcp: {MAX_REPLIES_QUEUED} WRITE requests wait for a reply, or one number twice")
         status, addresses, nbytes, memories = self._resolve(header, body, Rights.WRITE)
         if (nbytes < 1).any() or int(nbytes.sum()) != header.payload_nbytes or not header.payload_nbytes:
             raise ProtocolError("tcp: a WRITE request whose payload is not as long as its ranges")
         refused = status != RangeStatus.OK
-        scratch = np.empty(int(nbytes[refused].max()) if refused.any() else 0, dtype=np.uint8)
-        addresses[refused] = scratch.ctypes.data
         self._writes[key] = status
-        return make_iovecs(addresses, nbytes), (scratch, memories)
+        if not refused.any():
+            return make_iovecs(addresses, nbytes), memories
+        scratch = np.empty(min(_SCRATCH_NBYTES, int(nbytes[refused].max())), dtype=np.uint8)
+        addresses[refused] = scratch.ctypes.data
+        # What is refused goes into the same few bytes over and over: it must not cost memory.
+        times = np.where(refused, -(-nbytes // len(scratch)), 1)
+        pieces = np.repeat(np.where(refused, len(scratch), nbytes), times)
+        last = np.cumsum(times) - 1
+        pieces[last] = nbytes - pieces[last] * (times - 1)
+        return make_iovecs(np.repeat(addresses, times), pieces), (scratch, memories)
 
     def written(self, stream: Stream, header: Header) -> None:
         """The payload is in place: say so."""
-        status = self._writes.pop((stream, header.op))
-        head = wire.encode_reply(Frame.WRITE_REPLY, header.op, header.priority, status, 0)
-        stream.send(OutFrame(head, header.priority))
+        key = (stream, header.op)
+        head = wire.encode_reply(Frame.WRITE_REPLY, header.op, header.priority, self._writes[key], 0)
+        stream.send(OutFrame(head, header.priority, on_sent=lambda: self._forget_write(key)))
 
     def cancel(self, stream: Stream, header: Header) -> None:
         """Send no payload for a READ that has not begun to be answered; the reply itself still goes."""
@@ -88,6 +96,9 @@ class Responder:
 
     def _forget_read(self, key: _Key) -> None:
         self._reads.pop(key, None)
+
+    def _forget_write(self, key: _Key) -> None:
+        self._writes.pop(key, None)
 
     def _resolve(self, header: Header, body: bytes, need: Rights) -> tuple[NDArray[np.uint8], Int64s, Int64s, Any]:
         tokens, rows, offsets, nbytes = wire.decode_request(header, body)

@@ -1,0 +1,231 @@
+"""A real server fed with inputs that are almost right: it lives on, stays small, and serves others right bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import psutil
+from fuzzing import Fuzzer, Fuzzing
+from serving import (
+    PATIENCE_S,
+    Client,
+    RawClient,
+    Server,
+    eventually,
+    get_request,
+    lookup_request,
+    put_request,
+)
+
+from kvrdma import protocol
+from kvrdma.errors import KVRDMAError
+from kvrdma.transports import RemoteRegion
+from kvrdma.transports.tcp import wire
+from kvrdma.transports.tcp.transport import parse_address
+from kvrdma.transports.tcp.wire import Frame
+
+NOWHERE = RemoteRegion("tcp", 1 << 20, bytes(20))
+CONTENT = np.zeros((4, 4096), dtype=np.uint8)
+IN_A_ROW = 64  # inputs of one connection, where none of them ends it
+
+
+class Neighbour:
+    """A client that behaves, beside the one that does not: every block that it gets is right."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.rounds = 0
+        self.failures: list[str] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._work)
+        self._thread.start()
+
+    def _work(self) -> None:
+        with Client(self.server.url, first=1000) as client:
+            while not self._stop.is_set():
+                try:
+                    self._round(client)
+                except KVRDMAError as error:
+                    self.failures.append(f"{type(error).__name__}: {error}")
+                self.rounds += 1
+                self._stop.wait(0.02)
+
+    def _round(self, client: Client) -> None:
+        if not client.put().result(PATIENCE_S).all():
+            self.failures.append("a put failed")
+        client.clear()
+        get = client.get()
+        if not get.result(PATIENCE_S).all() or not all(client.came(row) for row in range(client.n)):
+            self.failures.append(f"a get failed: {get.status.tolist()} {get.error}")
+        client.backend.delete(client.batch, timeout=PATIENCE_S)
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+@contextlib.contextmanager
+def besieged(server: Server) -> Iterator[None]:
+    """Around the attack: what must hold of the server when it is over."""
+    process, clients = psutil.Process(server.process.pid), server.stats()["clients"]
+    neighbour = Neighbour(server)
+    eventually(lambda: neighbour.rounds >= 2)
+    descriptors, memory, before = process.num_fds(), process.memory_info().rss, neighbour.rounds
+    try:
+        yield
+        eventually(lambda: neighbour.rounds >= before + 2)
+    finally:
+        neighbour.close()
+    assert neighbour.failures == []
+    eventually(lambda: server.stats()["clients"] == clients)
+    eventually(lambda: process.num_fds() <= descriptors)
+    assert process.memory_info().rss < memory + (256 << 20)
+    eventually(lambda: (server.stats()["pinned_blocks"], server.stats()["reserved_blocks"]) == (0, 0))
+    for word in ("Traceback", "Unhandled", "never retrieved", "failed unexpectedly", "RuntimeWarning"):
+        assert word not in server.text, server.text[-4000:]
+
+
+def spill(sock: socket.socket, raw: bytes) -> None:
+    """Send, whether or not the other side still wants it."""
+    with contextlib.suppress(OSError):
+        sock.sendall(raw)
+
+
+def leave(draw: Fuzzer, sock: socket.socket) -> None:
+    """Close: at once with a reset, or in order after a while of reading."""
+    with contextlib.suppress(OSError):
+        match draw.randrange(4):
+            case 0:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            case 1:
+                sock.shutdown(socket.SHUT_WR)
+                sock.settimeout(0.05)
+                while sock.recv(1 << 16):
+                    pass
+    sock.close()
+
+
+def test_before_the_hello(server: Server, fuzzing: Fuzzing) -> None:
+    """One connection an input."""
+    hello = protocol.preface() + protocol.encode(protocol.Hello(1, "almost"))
+    with besieged(server):
+        for draw in fuzzing.inputs(300, 20_000):
+            sock = socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE_S)
+            match draw.randrange(4):
+                case 0:
+                    spill(sock, draw.randbytes(draw.randrange(200)))
+                case 1:
+                    spill(sock, protocol.preface() + draw.frame(draw.body(draw.message())))
+                case 2:
+                    spill(sock, hello[: draw.randrange(len(hello))])
+                case 3:
+                    spill(sock, draw.mutated(hello))
+            leave(draw, sock)
+
+
+def requests(draw: Fuzzer, raw: RawClient, keyspace: int) -> protocol.Message:
+    """What a client asks for."""
+    makers: list[Callable[[], protocol.Message]] = [
+        lambda: lookup_request(raw, keyspace, draw.randrange(1, 9)),
+        lambda: get_request(raw, keyspace, draw.randrange(1, 9)),
+        lambda: put_request(raw, keyspace, CONTENT, NOWHERE, timeout=draw.choice((0.001, 1.0))),
+        lambda: protocol.Release(0, draw.randrange(20), struct.pack("<q", draw.randrange(20))),
+        lambda: protocol.DeleteRequest(raw.number(), keyspace, draw.randbytes(32)),
+        lambda: protocol.StatsRequest(raw.number()),
+        lambda: protocol.OpenKeySpace(raw.number(), {"model": draw.value()}, draw.randbytes(32)),
+    ]
+    return draw.choice(makers)()
+
+
+def test_after_the_hello(server: Server, client: Client, fuzzing: Fuzzing) -> None:
+    """Inputs in a row, up to the first one that ends the connection; with a data connection and without."""
+    assert client.put().result().all()
+    inputs = fuzzing.inputs(1500, 150_000)
+    with besieged(server):
+        for draw in inputs:
+            raw = RawClient(server.port)
+            with contextlib.ExitStack() as stack:
+                if draw.chance(0.5):
+                    stack.enter_context(data_stream(raw))
+                keyspace, out = raw.open(), bytearray()
+                for _ in range(IN_A_ROW):
+                    message = requests(draw, raw, keyspace)
+                    if draw.chance(0.2):
+                        message = draw.altered(message)
+                    body = draw.body(message) if draw.chance(0.02) else protocol.encode(message)[4:]
+                    out += draw.frame(draw.mutated(body)) if draw.chance(0.02) else struct.pack(">I", len(body)) + body
+                    if next(inputs, None) is None:
+                        break
+                spill(raw.sock, bytes(out))
+                leave(draw, raw.sock)
+    client.clear()
+    assert all(client.came(row) for row in np.flatnonzero(client.get().result()))
+
+
+@contextlib.contextmanager
+def data_stream(raw: RawClient) -> Iterator[socket.socket]:
+    """The data connection of a client by hand, as a bare socket."""
+    with socket.create_connection(parse_address(raw.data_address), timeout=PATIENCE_S) as sock:
+        sock.sendall(wire.Greeting(draw_session(), 0, 1, raw.hello.ticket).encode())
+        wire.check_answer(sock.recv(wire.ANSWER_NBYTES, socket.MSG_WAITALL))
+        yield sock
+
+
+def draw_session() -> bytes:
+    return np.random.default_rng().bytes(16)
+
+
+def test_the_data_port_before_its_greeting(server: Server, fuzzing: Fuzzing) -> None:
+    with RawClient(server.port) as raw:
+        address = parse_address(raw.data_address)
+    with besieged(server):
+        for draw in fuzzing.inputs(300, 20_000):
+            greeting = wire.Greeting(draw.randbytes(16), draw.randrange(2), draw.randrange(3), draw.randbytes(16))
+            sock = socket.create_connection(address, timeout=PATIENCE_S)
+            match draw.randrange(3):
+                case 0:
+                    spill(sock, draw.randbytes(draw.randrange(200)))
+                case 1:
+                    spill(sock, draw.mutated(greeting.encode()))
+                case 2:
+                    spill(sock, greeting.encode() + draw.randbytes(draw.randrange(100)))
+            leave(draw, sock)
+
+
+def test_the_data_port_after_its_greeting(server: Server, client: Client, fuzzing: Fuzzing) -> None:
+    """Frames in a row on the stream of a client that holds a lease: it reads nothing but what was exported."""
+    assert client.put().result().all()
+    inputs = fuzzing.inputs(600, 60_000)
+    with besieged(server):
+        for draw in inputs:
+            with RawClient(server.port) as raw, data_stream(raw) as sock:
+                reply = raw.call(get_request(raw, raw.open(), client.n), protocol.GetReply)
+                token = reply.regions[0][2]
+                out = bytearray()
+                for op in range(IN_A_ROW // 4):
+                    rows, offsets, sizes = (
+                        np.array([draw.int64() if draw.chance(0.05) else draw.randrange(most) for _ in range(3)])
+                        for most in (1, 1 << 20, 1 << 16)
+                    )
+                    tokens = [token if draw.chance(0.9) else draw.randbytes(20)]
+                    if draw.chance(0.2):
+                        payload = bytes(int(np.clip(sizes, 0, 1 << 16).sum()))
+                        frame = wire.encode_request(
+                            Frame.WRITE_REQUEST, op, 0, tokens, rows, offsets, sizes, len(payload)
+                        )
+                        out += frame + payload
+                    else:
+                        frame = wire.encode_request(Frame.READ_REQUEST, op, 0, tokens, rows, offsets, sizes, 0)
+                        out += draw.mutated(frame) if draw.chance(0.05) else frame
+                    if next(inputs, None) is None:
+                        break
+                spill(sock, bytes(out))
+                leave(draw, sock)
+    client.clear()
+    assert client.get().result().all()  # nobody could write to the pool
+    assert all(client.came(row) for row in range(client.n))
