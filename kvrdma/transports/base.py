@@ -281,6 +281,9 @@ class Transport(ABC):
     enforces_rights: ClassVar[bool] = True
     """Whether a peer that was given a READ key is kept from writing by the transport itself."""
 
+    by_name_only: ClassVar[bool] = False
+    """Whether it is used only where a user's order names it: for what is no good choice by itself."""
+
     @abstractmethod
     def register(self, memory: Memory) -> MemoryRegion:
         """Make memory usable; once for each slab, never in the data path."""

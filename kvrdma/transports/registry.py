@@ -53,6 +53,8 @@ def _refusal(scheme: str, address: str, order: Sequence[str], rank: Iterable[str
         cls = transports.get(scheme)
     except ConfigError:
         return "not known here"
+    if cls.by_name_only and not order:
+        return "used only where it is named"
     why = cls.usable()
     if why is None and not cls.can_reach(address):
         why = f"{address} cannot be reached from here"
