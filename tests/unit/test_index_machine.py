@@ -1,13 +1,16 @@
 """What holds for `CacheIndex` whatever the engine, the ranks, the store and the clock do, in any order.
 
 The machine keeps the bytes that each rank would have: a slot is written while a FETCH or SAVE of it is not
-terminal, and read while a LOAD or PUT is. Wrong bytes, or a slot with two uses, would be wrong KV.
+terminal or its caller fills it, and read while a LOAD or PUT is or somebody was promised it. Wrong bytes, or a
+slot with two uses, would be wrong KV. It keeps an account of its own of what was looked up, too.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
+from unittest import mock
 
 import numpy as np
 from hypothesis import settings
@@ -27,6 +30,7 @@ from kvrdma.cache import (
     Slot,
     SlotState,
 )
+from kvrdma.cache.requests import Phase
 from kvrdma.keys import unpack_keys
 from kvrdma.policies import Event, OffloadPolicy
 from kvrdma.policies.lru import LruPolicy
@@ -64,10 +68,13 @@ class CutGate:
 class Progress:
     """What the ranks have done of a job."""
 
-    def __init__(self, job: Job, ranks: int) -> None:
+    def __init__(self, job: Job, slots: list[Slot], ranks: int, now: float) -> None:
         self.job = job
+        self.slots = slots
         self.status = [[PENDING] * len(job) for _ in range(ranks)]
         self.terminal = [False] * ranks
+        self.overdue_at = now + 1.25 * job.timeout
+        self.sent = False
 
 
 prompts = st.sampled_from(PROMPTS)
@@ -77,13 +84,17 @@ picks = st.integers(0, 1000)
 
 class IndexMachine(RuleBasedStateMachine):
     @initialize(
-        ranks=st.integers(1, 3),
+        ranks=st.integers(1, 4),
         capacity=st.integers(4, 12),
         share=st.sampled_from([0.25, 0.5, 1.0]),
         events=st.sets(st.sampled_from(list(Event))),
         cut=st.sampled_from([1, 100, 100]),
+        batch=st.sampled_from([1, 3, 64]),
     )
-    def start(self, ranks: int, capacity: int, share: float, events: set[Event], cut: int) -> None:
+    def start(self, ranks: int, capacity: int, share: float, events: set[Event], cut: int, batch: int) -> None:
+        self.patches = ExitStack()
+        for name in ("FETCH_BATCH", "PUT_BATCH"):
+            self.patches.enter_context(mock.patch(f"kvrdma.cache.index.{name}", batch))
         self.now = 0.0
         self.ranks = ranks
         self.capacity = capacity
@@ -96,6 +107,10 @@ class IndexMachine(RuleBasedStateMachine):
             clock=lambda: self.now,
         )
         self.offered = dict.fromkeys(REQUESTS, 0)
+        self.prompts: dict[str, str] = {}  # of the requests that live
+        self.asked: dict[str, tuple[int, int]] = {}  # lookups that have not ended: first, number of keys
+        self.looked_up = 0  # blocks of those that have
+        self.silent: set[int] = set()  # ranks that do not report
         self.probes: list[Probe] = []
         self.jobs: dict[int, Progress] = {}
         self.ended: list[Progress] = []
@@ -110,10 +125,27 @@ class IndexMachine(RuleBasedStateMachine):
 
     @rule(request=requests, prompt=prompts, first=st.integers(0, 2), ready_only=st.sampled_from([False] * 4 + [True]))
     def look_up(self, request: str, prompt: str, first: int, ready_only: bool) -> None:
-        offer = self.index.lookup(request, keys_of(prompt), min(first, len(prompt)), ready_only=ready_only)
+        known = self.prompts.setdefault(request, prompt)
+        if not prompt.startswith(known):  # a request's prompt may only grow
+            prompt = known
+        self.prompts[request] = prompt
+        question = (min(first, len(prompt)), len(prompt))
+        if self.asked.get(request, question) != question:
+            self._answered(request)
+        self.asked[request] = question
+        offer = self.index.lookup(request, keys_of(prompt), question[0], ready_only=ready_only)
         self.offered[request] = offer.n_blocks
         assert offer.answer is Answer.OFFERED or not (ready_only or offer.n_blocks)
         self.probes += self.index.take_probes()
+
+    @rule(request=requests, prompt=prompts, first=st.integers(0, 2))
+    def look_up_until_answered(self, request: str, prompt: str, first: int) -> None:
+        """Though no rank and no store says anything: a probe and a fetch have their deadlines."""
+        for _ in range(4):
+            self.look_up(request, prompt, first, ready_only=False)
+            self.now += 7.0
+        offer = self.index.lookup(request, keys_of(self.prompts[request]), self.asked[request][0])
+        assert offer.answer is Answer.OFFERED
 
     @rule(prompt=prompts)
     def prefetch(self, prompt: str) -> None:
@@ -126,13 +158,18 @@ class IndexMachine(RuleBasedStateMachine):
     def allocate(self, request: str, less: int) -> None:
         n = max(0, self.offered[request] - less)
         job = self.index.allocated(request, range(n))
-        assert job is None or len(job) == n
-        self.offered[request] = 0
+        assert (0 if job is None else len(job)) == n
+        if job is not None:
+            assert unpack_keys(job.keys) == self._wanted(request)[:n]
+            assert job.blocks.tolist() == list(range(n))
+        self._used(request)
 
     @rule(request=requests)
     def take(self, request: str) -> None:
-        self.taken.append(self.index.take(request, self.offered[request]))
-        self.offered[request] = 0
+        slots = self.index.take(request, self.offered[request])
+        assert [slot.key for slot in slots] == self._wanted(request)[: self.offered[request]]
+        self.taken.append(slots)
+        self._used(request)
 
     @precondition(lambda self: self.taken)
     @rule(pick=picks)
@@ -142,6 +179,8 @@ class IndexMachine(RuleBasedStateMachine):
     @rule(request=requests)
     def finish(self, request: str) -> None:
         self.index.finished(request)
+        self._answered(request)
+        self.prompts.pop(request, None)
         self.offered[request] = 0
 
     @rule(request=requests)
@@ -160,6 +199,7 @@ class IndexMachine(RuleBasedStateMachine):
         assert len(slots) in {0, len(keys)}
         if slots:
             self.reserved.append(slots)
+            self._write(slots, None)
 
     @precondition(lambda self: self.reserved)
     @rule(pick=picks, seal=st.booleans())
@@ -201,6 +241,9 @@ class IndexMachine(RuleBasedStateMachine):
             self.dropped.update(self.index._table._slots.values())
             self.index.reset()
             assert self.index.stats()["l1_blocks"] == 0
+            for request in REQUESTS:
+                self._answered(request)
+                self.offered[request] = 0
 
     # -- the store, the ranks and the clock
 
@@ -215,26 +258,51 @@ class IndexMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.jobs)
     @rule(
         pick=picks,
-        rank=st.integers(0, 2),
+        rank=st.integers(0, 3),
         status=st.lists(st.sampled_from(list(BlockStatus)), min_size=12, max_size=12),
         terminal=st.booleans(),
     )
     def report(self, pick: int, rank: int, status: list[BlockStatus], terminal: bool) -> None:
+        self.take_jobs()
         self._report(list(self.jobs.values())[pick % len(self.jobs)], rank % self.ranks, status, terminal)
 
     @precondition(lambda self: self.jobs)
     @rule(pick=picks)
     def all_ranks_succeed(self, pick: int) -> None:
+        self.take_jobs()
         progress = list(self.jobs.values())[pick % len(self.jobs)]
         for rank in range(self.ranks):
             self._report(progress, rank, [OK] * 12, True)
 
-    @precondition(lambda self: self.ended)
-    @rule(pick=picks, rank=st.integers(0, 2))
-    def report_again(self, pick: int, rank: int) -> None:
-        job = self.ended[pick % len(self.ended)].job
-        status = np.full(len(job), FAILED, dtype=np.uint8)
-        assert self.index.on_report(JobReport(job.number, rank % self.ranks, status, terminal=True)) is False
+    @precondition(lambda self: self.ended or self.jobs)
+    @rule(pick=picks, rank=st.integers(0, 3), status=st.sampled_from([OK, FAILED]))
+    def report_again(self, pick: int, rank: int, status: BlockStatus) -> None:
+        """What comes after a rank's last word on a job says nothing."""
+        progresses = [*self.ended, *self.jobs.values()]
+        progress, rank = progresses[pick % len(progresses)], rank % self.ranks
+        if progress.terminal[rank]:
+            report = JobReport(
+                progress.job.number, rank, np.full(len(progress.job), status, dtype=np.uint8), terminal=True
+            )
+            assert self.index.on_report(report) is False
+
+    @rule(rank=st.integers(0, 3))
+    def report_of_an_unknown_job(self, rank: int) -> None:
+        report = JobReport(1_000_000, rank % self.ranks, np.zeros(2, dtype=np.uint8), terminal=True)
+        assert self.index.on_report(report) is False
+
+    @rule(rank=st.integers(0, 3), lost=st.sampled_from([False, False, True]))
+    def rank_falls_silent(self, rank: int, lost: bool) -> None:
+        """It says nothing from now on. Where it was silent before it is declared lost, or is back."""
+        rank %= self.ranks
+        if rank not in self.silent:
+            self.silent.add(rank)
+            return
+        self.silent.remove(rank)
+        if lost:
+            self.take_jobs()
+            for progress in list(self.jobs.values()):
+                self._report(progress, rank, [FAILED] * 12, True)
 
     @rule(seconds=st.sampled_from([0.1, 1.0, 6.0]))
     def pass_time(self, seconds: float) -> None:
@@ -242,15 +310,25 @@ class IndexMachine(RuleBasedStateMachine):
 
     @rule()
     def take_jobs(self) -> None:
-        for job in self.index.take_jobs():
-            assert len(job.blocks) in {0, len(job)}
+        """A step: each job goes out once, in the order in which they were made."""
+        self.every_job_has_its_slots_to_itself()
+        unsent = [progress for progress in self.jobs.values() if not progress.sent]
+        assert self.index.has_output == bool(unsent)
+        jobs = self.index.take_jobs()
+        assert jobs == [progress.job for progress in unsent]
+        for progress in unsent:
+            assert len(progress.job.blocks) in {0, len(progress.job)}
+            progress.sent = True
+        for progress in self.jobs.values():
+            if progress.job.kind is JobKind.FETCH and self.now >= progress.overdue_at:
+                assert all(slot.state is not SlotState.FETCHING for slot in progress.slots)
 
     # -- what must hold
 
     @invariant()
     def every_job_has_its_slots_to_itself(self) -> None:
         """Each new job: nobody else writes its slots, and what it reads is what it is meant to be."""
-        for number in self.index._jobs.keys() - self.jobs.keys():
+        for number in sorted(self.index._jobs.keys() - self.jobs.keys()):
             job, slots = self.index._jobs[number].job, self.index._jobs[number].slots
             if job.kind in {JobKind.FETCH, JobKind.PUT}:
                 assert self.in_l2.isdisjoint(slots)
@@ -258,13 +336,32 @@ class IndexMachine(RuleBasedStateMachine):
             for other in self.jobs.values():
                 if job.kind in WRITES:
                     assert not set(job.slots.tolist()) & set(other.job.slots.tolist())
-            self.jobs[number] = Progress(job, self.ranks)
-            for rank in range(self.ranks):
-                for key, slot in zip(unpack_keys(job.keys), job.slots.tolist(), strict=True):
-                    if job.kind in WRITES:
-                        self.bytes_of[rank][slot] = None
-                    else:
-                        assert self.bytes_of[rank][slot] == key
+            self.jobs[number] = Progress(job, slots, self.ranks, self.now)
+            assert self.index.busy(job.kind)
+            assert [(slot.number, slot.key) for slot in slots] == list(
+                zip(job.slots.tolist(), unpack_keys(job.keys), strict=True)
+            )
+            if job.kind in WRITES:
+                self._write(slots, None)
+            else:
+                self._read(slots)
+
+    @invariant()
+    def what_is_promised_is_there(self) -> None:
+        for slots in self.taken:
+            self._read(slots)
+        for request in self.index._lookups._requests.values():
+            self._read(request.held)
+            wanted = request.keys[request.first : request.first + len(request.held)]
+            assert [slot.key for slot in request.held] == wanted
+
+    @invariant()
+    def every_block_that_was_looked_up_has_one_end(self) -> None:
+        self.every_job_has_its_slots_to_itself()  # it has the new jobs entered
+        metrics = self.index.metrics
+        assert metrics.counts["looked_up_blocks"] == self.looked_up
+        loading = sum(len(progress.job) for progress in self.jobs.values() if progress.job.kind is JobKind.LOAD)
+        assert self.looked_up == metrics.counts["served_blocks"] + sum(metrics.misses.values()) + loading
 
     @invariant()
     def what_is_ready_is_there_on_every_rank(self) -> None:
@@ -279,6 +376,7 @@ class IndexMachine(RuleBasedStateMachine):
 
     @invariant()
     def references_and_slots_add_up(self) -> None:
+        self.every_job_has_its_slots_to_itself()
         table, lookups = self.index._table, self.index._lookups
         asking = [slot for request in lookups._requests.values() for slot in request.held]
         asking += [slot for request in lookups._requests.values() for _, slot in request.waits_for.values()]
@@ -294,32 +392,37 @@ class IndexMachine(RuleBasedStateMachine):
         assert table.n_zombies == sum(slot.state is SlotState.ZOMBIE for slot in live)
         assert table.n_available == table.n_free + sum(slot.state is SlotState.READY and not slot.refs for slot in live)
         assert lookups.n_waiting_slots == len(set(asking))
+        assert len(self.index._jobs) == len(self.jobs)
         gone = {slot for slot in asking if slot.state is SlotState.ZOMBIE}
         assert gone & self.was_ready <= self.dropped  # what is held is never evicted
 
     def teardown(self) -> None:
+        """Everything ends: what is held is let go, and ranks that are silent are lost."""
         if not hasattr(self, "index"):
             return
+        self.patches.close()
         for slots in self.taken:
             self.index.let_go(slots)
         for slots in self.reserved:
             self.index.give_up(slots)
         self.taken, self.reserved = [], []
-        for request in (*REQUESTS, "prefetch"):
-            self.index.finished(request)
-        self.every_job_has_its_slots_to_itself()
+        for request in REQUESTS:
+            self.finish(request)
+        self.index.finished("prefetch")
+        lost, self.silent = self.silent, set()
+        self.take_jobs()
         while self.jobs:
             progress = next(iter(self.jobs.values()))
             for rank in range(self.ranks):
-                self._report(progress, rank, [OK] * 12, True)
-            self.every_job_has_its_slots_to_itself()
+                self._report(progress, rank, [FAILED if rank in lost else OK] * 12, True)
+            self.take_jobs()
+        assert not self.index.busy()
         self.references_and_slots_add_up()
+        self.every_block_that_was_looked_up_has_one_end()
         stats = self.index.stats()
         assert stats["jobs"] == stats["zombies"] == stats["requests"] == stats["waiting_slots"] == 0
         assert self.index._table.n_available == self.capacity
         assert not self.index._lookups._probing
-        metrics = self.index.metrics
-        assert metrics.counts["looked_up_blocks"] == metrics.counts["served_blocks"] + sum(metrics.misses.values())
 
     # -- inside
 
@@ -328,8 +431,32 @@ class IndexMachine(RuleBasedStateMachine):
         rows = self.index.missing(keys)
         return [keys[row] for row in rows], [keys[row - 1] if row else None for row in rows]
 
+    def _wanted(self, request: str) -> list[bytes]:
+        """The keys that the request's lookup is about."""
+        first, n = self.asked.get(request, (0, 0))
+        return keys_of(self.prompts.get(request, ""))[first:n]
+
+    def _answered(self, request: str) -> None:
+        first, n = self.asked.pop(request, (0, 0))
+        self.looked_up += n - first
+
+    def _used(self, request: str) -> None:
+        """Blocks were taken: that ends the lookup if it was answered, with whatever number."""
+        lookup = self.index._lookups._requests.get(request)
+        if lookup is not None and lookup.phase is Phase.DONE:
+            self._answered(request)
+        self.offered[request] = 0
+
+    def _write(self, slots: Sequence[Slot], key: bytes | None) -> None:
+        for bytes_of in self.bytes_of:
+            bytes_of.update((slot.number, key) for slot in slots)
+
+    def _read(self, slots: Sequence[Slot]) -> None:
+        for bytes_of in self.bytes_of:
+            assert all(bytes_of[slot.number] == slot.key for slot in slots)
+
     def _finish_jobs(self, kind: JobKind) -> None:
-        self.every_job_has_its_slots_to_itself()
+        self.take_jobs()
         for progress in [p for p in self.jobs.values() if p.job.kind is kind]:
             for rank in range(self.ranks):
                 self._report(progress, rank, [OK] * 12, True)
@@ -337,8 +464,9 @@ class IndexMachine(RuleBasedStateMachine):
 
     def _report(self, progress: Progress, rank: int, drawn: Sequence[BlockStatus], terminal: bool) -> None:
         """What a rank once had it keeps, and a block that is still pending at the end has failed."""
-        if progress.terminal[rank]:
+        if progress.terminal[rank] or rank in self.silent:
             return
+        assert progress.sent
         job, before = progress.job, progress.status[rank]
         status = [old if old is OK else new for old, new in zip(before, drawn, strict=False)]
         if terminal:
@@ -347,17 +475,16 @@ class IndexMachine(RuleBasedStateMachine):
             if is_ok is OK and job.kind in WRITES:
                 self.bytes_of[rank][slot] = key
             elif job.kind not in WRITES:
-                assert self.bytes_of[rank][slot] == key
+                assert self.bytes_of[rank][slot] == key  # still: it was read until now
         progress.status[rank], progress.terminal[rank] = status, terminal
         if all(progress.terminal):
             if job.kind is JobKind.PUT:
                 failed = [any(s != OK for s in column) for column in zip(*progress.status, strict=True)]
-                slots = self.index._jobs[job.number].slots
-                self.in_l2.difference_update(slot for slot, bad in zip(slots, failed, strict=True) if bad)
+                self.in_l2.difference_update(slot for slot, bad in zip(progress.slots, failed, strict=True) if bad)
             self.ended.append(self.jobs.pop(job.number))
         done = self.index.on_report(JobReport(job.number, rank, np.array(status, dtype=np.uint8), terminal))
         assert done == all(progress.terminal)
 
 
-IndexMachine.TestCase.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
+IndexMachine.TestCase.settings = settings(max_examples=4 * settings.default.max_examples, deadline=None)
 TestIndex = IndexMachine.TestCase
