@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from unittest import mock
 
 import numpy as np
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -25,6 +26,7 @@ from kvrdma.cache import (
     Job,
     JobKind,
     JobReport,
+    PoolReport,
     Probe,
     ProbeAnswer,
     Slot,
@@ -34,6 +36,8 @@ from kvrdma.cache.requests import Phase
 from kvrdma.keys import unpack_keys
 from kvrdma.policies import Event, OffloadPolicy
 from kvrdma.policies.lru import LruPolicy
+
+pytestmark = pytest.mark.timeout(1800)  # with --thorough
 
 OK, PENDING, FAILED = BlockStatus.OK, BlockStatus.PENDING, BlockStatus.FAILED
 WRITES = {JobKind.FETCH, JobKind.SAVE}
@@ -90,19 +94,24 @@ class IndexMachine(RuleBasedStateMachine):
         events=st.sets(st.sampled_from(list(Event))),
         cut=st.sampled_from([1, 100, 100]),
         batch=st.sampled_from([1, 3, 64]),
+        growing=st.booleans(),
     )
-    def start(self, ranks: int, capacity: int, share: float, events: set[Event], cut: int, batch: int) -> None:
+    def start(
+        self, ranks: int, capacity: int, share: float, events: set[Event], cut: int, batch: int, growing: bool
+    ) -> None:
         self.patches = ExitStack()
         for name in ("FETCH_BATCH", "PUT_BATCH"):
             self.patches.enter_context(mock.patch(f"kvrdma.cache.index.{name}", batch))
         self.now = 0.0
         self.ranks = ranks
         self.capacity = capacity
+        self.share = share
+        self.n_slots = [0 if growing else capacity] * ranks  # that each rank has said it has
         self.index = CacheIndex(
             capacity,
             LruPolicy(capacity),
             OffloadSome(events),
-            IndexOptions(ranks=ranks, has_l2=True, waiting_share=share),
+            IndexOptions(ranks=ranks, has_l2=True, waiting_share=share, growing=growing),
             gate=CutGate(cut),
             clock=lambda: self.now,
         )
@@ -120,6 +129,9 @@ class IndexMachine(RuleBasedStateMachine):
         self.was_ready: set[Slot] = set()
         self.dropped: set[Slot] = set()  # by forget or reset
         self.in_l2: set[Slot] = set()  # or on the way there
+        if growing:
+            for rank in range(ranks):
+                self.grow(rank, 4)
 
     # -- the engine
 
@@ -253,7 +265,10 @@ class IndexMachine(RuleBasedStateMachine):
     )
     def answer(self, pick: int, present: list[bool], down: bool) -> None:
         probe = self.probes.pop(pick % len(self.probes))
+        before = len(self.index._jobs)
         self.index.on_probe(ProbeAnswer(probe.number, np.array(present[: len(probe.keys)]), down, ()))
+        if len(self.index._jobs) > before:
+            assert self.index._lookups.n_waiting_slots <= self.share * min(self.n_slots)
 
     @precondition(lambda self: self.jobs)
     @rule(
@@ -274,17 +289,15 @@ class IndexMachine(RuleBasedStateMachine):
         for rank in range(self.ranks):
             self._report(progress, rank, [OK] * 12, True)
 
-    @precondition(lambda self: self.ended or self.jobs)
-    @rule(pick=picks, rank=st.integers(0, 3), status=st.sampled_from([OK, FAILED]))
-    def report_again(self, pick: int, rank: int, status: BlockStatus) -> None:
+    @precondition(lambda self: self.jobs or self.ended)
+    @rule(pick=picks, status=st.sampled_from([OK, FAILED]), terminal=st.booleans())
+    def report_again(self, pick: int, status: BlockStatus, terminal: bool) -> None:
         """What comes after a rank's last word on a job says nothing."""
-        progresses = [*self.ended, *self.jobs.values()]
-        progress, rank = progresses[pick % len(progresses)], rank % self.ranks
-        if progress.terminal[rank]:
-            report = JobReport(
-                progress.job.number, rank, np.full(len(progress.job), status, dtype=np.uint8), terminal=True
-            )
-            assert self.index.on_report(report) is False
+        progresses = [progress for progress in self.jobs.values() if any(progress.terminal)] or self.ended
+        if progresses:
+            progress = progresses[pick % len(progresses)]
+            rank, statuses = progress.terminal.index(True), np.full(len(progress.job), status, dtype=np.uint8)
+            assert self.index.on_report(JobReport(progress.job.number, rank, statuses, terminal)) is False
 
     @rule(rank=st.integers(0, 3))
     def report_of_an_unknown_job(self, rank: int) -> None:
@@ -303,6 +316,13 @@ class IndexMachine(RuleBasedStateMachine):
             self.take_jobs()
             for progress in list(self.jobs.values()):
                 self._report(progress, rank, [FAILED] * 12, True)
+
+    @rule(rank=st.integers(0, 3), n=st.integers(0, 14), growing=st.booleans())
+    def grow(self, rank: int, n: int, growing: bool = True) -> None:
+        if self.index.options.growing:
+            rank %= self.ranks
+            self.n_slots[rank] = max(self.n_slots[rank], min(n, self.capacity))
+            self.index.on_pool(PoolReport(rank, n, growing))
 
     @rule(seconds=st.sampled_from([0.1, 1.0, 6.0]))
     def pass_time(self, seconds: float) -> None:
@@ -388,7 +408,9 @@ class IndexMachine(RuleBasedStateMachine):
         live = set(references) | set(table._slots.values())
         assert len({slot.number for slot in live}) == len(live)
         assert all(slot.refs == references[slot] for slot in live)
-        assert len(live) + table.n_free == self.capacity
+        assert all(slot.number < min(self.n_slots) for slot in live)
+        assert len(live) + table.n_free == min(self.n_slots)
+        assert all(slot.offloaded == (slot in self.in_l2) for slot in live)
         assert table.n_zombies == sum(slot.state is SlotState.ZOMBIE for slot in live)
         assert table.n_available == table.n_free + sum(slot.state is SlotState.READY and not slot.refs for slot in live)
         assert lookups.n_waiting_slots == len(set(asking))
@@ -421,7 +443,7 @@ class IndexMachine(RuleBasedStateMachine):
         self.every_block_that_was_looked_up_has_one_end()
         stats = self.index.stats()
         assert stats["jobs"] == stats["zombies"] == stats["requests"] == stats["waiting_slots"] == 0
-        assert self.index._table.n_available == self.capacity
+        assert self.index._table.n_available == min(self.n_slots)
         assert not self.index._lookups._probing
 
     # -- inside
@@ -486,5 +508,6 @@ class IndexMachine(RuleBasedStateMachine):
         assert done == all(progress.terminal)
 
 
+# A fault may need what no other test needs: several jobs, ranks and evictions in one run. So four times as many runs.
 IndexMachine.TestCase.settings = settings(max_examples=4 * settings.default.max_examples, deadline=None)
 TestIndex = IndexMachine.TestCase
