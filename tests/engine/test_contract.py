@@ -16,11 +16,14 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorTransferResults,
 )
 
-from kvrdma.connectors.vllm import KVRDMAConnector
+from kvrdma.cache import CacheIndex, IndexOptions, PoolReport
+from kvrdma.connectors.vllm import KVRDMAConnector, scheduler
 from kvrdma.connectors.vllm.connector import check_l2, warn_of_failure_policy
 from kvrdma.connectors.vllm.metadata import RankReports, StepJobs
 from kvrdma.connectors.vllm.plugin import register
 from kvrdma.errors import ConfigError
+from kvrdma.policies.lru import LruPolicy
+from kvrdma.policies.offload import OffloadAll
 from kvrdma.settings import Settings
 
 # Read from the base class of vLLM 0.33, of which only a CUDA wheel exists: method -> names of its arguments.
@@ -98,6 +101,26 @@ def test_nothing_raises_out_of_a_hook(broken: KVRDMAConnector, caplog: pytest.Lo
         ):
             assert call() is None
     assert len(caplog.records) >= 13  # and each says so
+
+
+def test_a_request_waits_for_news_of_growing_pools_and_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(scheduler, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    half: Any = object.__new__(scheduler.SchedulerHalf)
+    half._index = CacheIndex(8, LruPolicy(8), OffloadAll(), IndexOptions(growing=True))
+    half._pools_heard, half._awaits_news = -1.0, True
+    asking = scheduler._Request(SimpleNamespace(request_id="r"), None)  # type: ignore[arg-type]
+    assert half._pools_are_old(asking)
+    half.on_reports(RankReports([], [PoolReport(0, 4, growing=True)]).aggregate(RankReports([])))
+    assert half._index.stats()["l1_ready_blocks"] == 4
+    assert not half._pools_are_old(asking)
+    now[0] += 60.0  # the engine was idle, and the pool went on growing
+    assert half._pools_are_old(asking)
+    now[0] += 2.0  # and no rank says anything
+    assert not half._pools_are_old(asking)
+    assert not half._pools_are_old(scheduler._Request(asking.request, None))  # nor does anybody else wait
+    half.on_reports(RankReports([], [PoolReport(0, 8, growing=False)]))
+    assert not half._index.growing
 
 
 def test_a_load_that_cannot_be_planned_is_reported_failed(broken: KVRDMAConnector) -> None:

@@ -185,6 +185,33 @@ def retry(engine: EngineProcess, tokens: list[int]) -> dict[str, Any] | None:
     return answer if loaded(answer) else None
 
 
+def test_an_engine_answers_before_its_pool_is_complete(
+    server: Server, start_engine: Callable[..., EngineProcess], tmp_path: Path, witness: Witness
+) -> None:
+    """The first slab is enough to serve and to save; the others count when they come."""
+    go_on = tmp_path / "go-on"
+    tokens, others = list(range(5, 5 + N)), list(range(100, 100 + N))
+    engine = start_engine(
+        "growing",
+        model=MODELS / "tiny",
+        env={"WITNESS_HOLD": str(go_on)},
+        settings={"l1_bytes": "640MiB", "l2": server.url, "namespace": "growing"},
+        num_blocks=100,
+    )
+    stats = store(server, engine, tokens, max_tokens=4)["kvrdma"]["kvrdma.stats"]
+    assert 0 < stats["l1_ready_blocks"] < stats["l1_capacity_blocks"]
+    go_on.touch()
+
+    def grown() -> bool:
+        now = engine.generate(tokens[:BLOCK], max_tokens=1)["kvrdma"]["kvrdma.stats"]
+        return bool(now["l1_ready_blocks"] == now["l1_capacity_blocks"] == stats["l1_capacity_blocks"])
+
+    eventually("the whole pool", grown)
+    store(server, engine, others, max_tokens=4)
+    engine.close()
+    assert witness.shut_down("growing") == {"scheduler", "worker"}
+
+
 def test_two_fine_tunes_under_one_name_and_path(
     server: Server, start_engine: Callable[..., EngineProcess], tmp_path: Path, witness: Witness, text: list[int]
 ) -> None:

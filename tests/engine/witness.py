@@ -2,21 +2,38 @@
 
 It shares no code with kvrdma's copier or checksums: device bytes are read by torch and hashed by hashlib. One
 line of JSON a block goes to $WITNESS_FILE. With $WITNESS_ALTER it alters one slot before each load, so that a
-test can see the comparison fail.
+test can see the comparison fail. With $WITNESS_HOLD the pool gets no slab but its first until that file is there.
 """
 
 import hashlib
 import json
 import os
+import time
+from pathlib import Path
 
 import torch
 
 from kvrdma.cache import BlockStatus, JobKind
 from kvrdma.connectors.vllm.connector import KVRDMAConnector
+from kvrdma.memory import MemfdSlabs
+
+
+def hold_slabs(until):
+    allocate, first = MemfdSlabs.allocate, []
+
+    def held(self, nbytes):
+        while first and not until.exists():
+            time.sleep(0.01)
+        first.append(True)
+        return allocate(self, nbytes)
+
+    MemfdSlabs.allocate = held
 
 
 class WitnessConnector(KVRDMAConnector):
     def register_kv_caches(self, kv_caches):
+        if os.environ.get("WITNESS_HOLD"):
+            hold_slabs(Path(os.environ["WITNESS_HOLD"]))
         super().register_kv_caches(kv_caches)
         self.layers = [kv_caches[name] for name in self._kv_cache_config.kv_cache_groups[0].layer_names]
         self.loading = {}

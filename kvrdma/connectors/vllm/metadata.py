@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
 
-from kvrdma.cache import Job, JobReport
+from kvrdma.cache import Job, JobReport, PoolReport
 from kvrdma.keys import KeySpace
 
 
@@ -28,11 +28,12 @@ class StepJobs(KVConnectorMetadata):
 
 @dataclass(slots=True)
 class RankReports(KVConnectorWorkerMetadata):
-    """What the ranks have done since the last step."""
+    """What the ranks have done since the last step, and how far their pools are while these grow."""
 
     reports: list[JobReport]
+    pools: list[PoolReport] = field(default_factory=list)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> RankReports:
         """Both ranks' reports, in a new object."""
         assert isinstance(other, RankReports)
-        return RankReports([*self.reports, *other.reports])
+        return RankReports([*self.reports, *other.reports], [*self.pools, *other.pools])

@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 HASH_BUDGET_S: Final = 0.0009  # of hashing a scheduler step; the rest is hashed in the next steps
 REPORT_PARAM: Final = "kvrdma.report"
+_NEWS_AGE_S: Final = 1.0  # what is known of growing pools may be as old as this
+_NEWS_WAIT_S: Final = 1.0
 
 
 @dataclass(slots=True, eq=False)
@@ -44,6 +46,7 @@ class _Request:
     may_save: bool = True
     n_offered: int = 0
     n_loaded: int = 0
+    asked: float | None = None  # when it first waited for news of the pools
 
 
 class SchedulerHalf:
@@ -67,8 +70,11 @@ class SchedulerHalf:
                 fetch_timeout_s=settings.fetch_timeout,
                 put_timeout_s=settings.put_timeout,
                 waiting_share=settings.waiting_share,
+                growing=True,
             ),
         )
+        self._pools_heard = -_NEWS_AGE_S
+        self._awaits_news = True
         self._prober: Prober | None = None
         if settings.l2:
             backend = BreakerBackend(open_backend(settings.l2, settings))
@@ -116,6 +122,8 @@ class SchedulerHalf:
         if not self._hash(state):
             return None
         self._check_may_save(state)
+        if self._index.growing and self._pools_are_old(state):
+            return None
         if last <= first or request.skip_reading_prefix_cache:
             return 0
         self._carry()
@@ -167,6 +175,9 @@ class SchedulerHalf:
 
     def on_reports(self, reports: RankReports) -> None:
         """Take what the ranks have done."""
+        for pool in reports.pools:
+            self._index.on_pool(pool)
+            self._pools_heard, self._awaits_news = time.monotonic(), True
         for report in reports.reports:
             if self._index.on_report(report):
                 self._let_go(report.number)
@@ -223,6 +234,20 @@ class SchedulerHalf:
             self._prober = None
 
     # -- inside
+
+    def _pools_are_old(self, state: _Request) -> bool:
+        """Whether to ask again after a step: it brings what the ranks' pools have gained while the engine was idle.
+
+        For `_NEWS_WAIT_S` at most; where no rank says anything by then, nobody waits for it any more.
+        """
+        now = time.monotonic()
+        if not self._awaits_news or now - self._pools_heard < _NEWS_AGE_S:
+            state.asked = None
+            return False
+        if state.asked is None:
+            state.asked = now
+        self._awaits_news = now - state.asked < _NEWS_WAIT_S
+        return self._awaits_news
 
     def _state(self, request: Request) -> _Request:
         state = self._requests.get(request.request_id)

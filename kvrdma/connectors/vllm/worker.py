@@ -57,7 +57,10 @@ class WorkerHalf:
         self._failed_loads: list[str] = []
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        """Map the rank's blocks and make its pool. Errors here end the start, before anything is served."""
+        """Map the rank's blocks and make the pool's first slab; the others come while the engine serves.
+
+        Errors here end the start, before anything is served.
+        """
         shards = make_shards(self._vllm_config, self._kv_cache_config)
         if len(shards) > 1:
             from vllm.distributed.parallel_state import get_tp_group
@@ -66,7 +69,7 @@ class WorkerHalf:
         layout = make_layout(self._kv_cache_config, kv_caches)
         n_slots = slots_per_rank(self._settings, self._kv_cache_config, len(shards))
         self._attention = layer_attention(self._vllm_config, [run.name for run in layout.runs])
-        self._pool = PinnedPool(layout.nbytes, n_slots)
+        self._pool = PinnedPool(layout.nbytes, n_slots, in_background=True)
         self._copier = make_copier(layout.device)
         self._copier.register(layout, self._pool)
         if self._settings.l2:
@@ -74,11 +77,13 @@ class WorkerHalf:
         self._agent = TransferAgent(
             self._pool, shards[self._rank], rank=self._rank, backend=self._backend, copier=self._copier
         )
+        self._agent.grow()
         logger.info(
-            "kvrdma rank %d: %d slots of %d bytes, L2 %s",
+            "kvrdma rank %d: %d slots of %d bytes, %d of them ready, L2 %s",
             self._rank,
             n_slots,
             layout.nbytes,
+            self._pool.n_slots,
             self._settings.l2 or "none",
         )
 
@@ -110,11 +115,12 @@ class WorkerHalf:
         return finished, failed
 
     def reports(self) -> RankReports | None:
-        """What was done since the last step."""
-        if not self._reports:
+        """What was done since the last step, and how far the pool is: in each step while it grows."""
+        pool = None if self._agent is None else self._agent.poll_pool()
+        if not self._reports and pool is None:
             return None
         reports, self._reports = self._reports, []
-        return RankReports(reports)
+        return RankReports(reports, [] if pool is None else [pool])
 
     def shutdown(self) -> None:
         """Let transfers end, within bounds, and give everything back."""
