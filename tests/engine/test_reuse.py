@@ -190,7 +190,8 @@ def test_an_engine_answers_before_its_pool_is_complete(
 ) -> None:
     """The first slab is enough to serve and to save; the others count when they come."""
     go_on = tmp_path / "go-on"
-    tokens, others = list(range(5, 5 + N)), list(range(100, 100 + N))
+    tokens = [5 + i % 400 for i in range(N)]
+    others = [500, *tokens[1:]]
     engine = start_engine(
         "growing",
         model=MODELS / "tiny",
