@@ -22,7 +22,7 @@ from kvrdma.coordinator import Coordinator, SoloCoordinator
 from kvrdma.errors import CapacityError, ClosedError, ConfigError, DeadlineError, KVRDMAError
 from kvrdma.keys import KeySpace, block_keys, pack_keys
 from kvrdma.layout import Shard
-from kvrdma.memory import PinnedPool
+from kvrdma.memory import PinnedPool, read_slots
 from kvrdma.metrics import Reason
 from kvrdma.policies import offload_policies, policies
 from kvrdma.settings import Settings
@@ -32,31 +32,36 @@ _POLL_S: Final = 0.05  # deadlines inside the index pass without a wake-up
 
 
 class Hit:
-    """Leading blocks of a prompt that are in L1, held until `close`; a context manager.
-
-    `views[i]` is block i in place (uint8[block_nbytes], read-only); it must not be used after `close`.
-    """
+    """Leading blocks of a prompt that are in L1, held until `close`; a context manager."""
 
     def __init__(self, manager: KVCacheManager, slots: Sequence[Slot], block_tokens: int) -> None:
         self._manager = manager
         self._slots = list(slots)
-        self._memories = manager.pool.memories  # the views point at something though the manager is closed first
+        self._views: list[NDArray[np.uint8]] | None = None
+        self._rows = manager.pool.rows()  # they point at something though the manager is closed first
         self.n_blocks = len(slots)
         self.n_tokens = len(slots) * block_tokens
-        self.views = [_read_only(manager.pool.view(slot.number)) for slot in slots]
+
+    @property
+    def views(self) -> list[NDArray[np.uint8]]:
+        """Each block in place (uint8[block_nbytes], read-only); not to be used after `close`."""
+        if self._views is None:
+            per_slab = self._manager.pool.slots_per_slab
+            places = [divmod(slot.number, per_slab) for slot in self._slots]
+            self._views = [_read_only(self._rows[slab][row]) for slab, row in places]
+        return self._views
 
     def copy_into(self, target: NDArray[np.uint8]) -> None:
         """Copy the blocks into uint8[n_blocks, block_nbytes]; raises `ConfigError` on another shape."""
         wanted = (self.n_blocks, self._manager.pool.slot_nbytes)
         if target.shape != wanted or target.dtype != np.uint8:
             raise ConfigError(f"target: uint8{list(wanted)} is needed, got {target.dtype}{list(target.shape)}")
-        for row, view in zip(target, self.views, strict=True):
-            row[:] = view
+        read_slots(self._rows, np.array([slot.number for slot in self._slots], dtype=np.int64), target)
 
     def close(self) -> None:
         """Let the blocks go. Idempotent."""
         slots, self._slots = self._slots, []
-        self.views, self._memories = [], ()
+        self._views, self._rows = [], []
         self._manager._let_go(slots)
 
     def __len__(self) -> int:

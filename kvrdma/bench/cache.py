@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -63,7 +62,7 @@ class CacheBench:
     @property
     def n_steps(self) -> int:
         """How often `on_step` is called."""
-        return 4 + ROUNDS
+        return 4 + 2 * ROUNDS
 
     @property
     def batch_nbytes(self) -> int:
@@ -100,7 +99,8 @@ def run_cache_bench(settings: CacheBench, *, on_step: Callable[[str], None]) -> 
     figures |= _lookup()
     on_step("hashing")
     figures |= _hashing()
-    figures |= _acquire(settings, on_step)
+    figures |= _acquire(settings, "acquire", on_step, scattered=False)
+    figures |= _acquire(settings, "acquire_scattered", on_step, scattered=True)
     on_step("device copies")
     figures |= _copies(settings)
     on_step("pool")
@@ -108,9 +108,9 @@ def run_cache_bench(settings: CacheBench, *, on_step: Callable[[str], None]) -> 
     return CacheResult(settings, figures)
 
 
-def _timed(work: Callable[[], object]) -> float:
+def _timed(work: Callable[..., object], *arguments: object) -> float:
     started = time.perf_counter()
-    work()
+    work(*arguments)
     return time.perf_counter() - started
 
 
@@ -147,43 +147,50 @@ def _hashing() -> dict[str, float]:
     return {"hash_131072_s": float(np.median(wholes)), "hash_longest_slice_s": float(np.median(longest))}
 
 
-def _acquire(settings: CacheBench, on_step: Callable[[str], None]) -> dict[str, float]:
+def _acquire(settings: CacheBench, name: str, on_step: Callable[[str], None], *, scattered: bool) -> dict[str, float]:
     """Prompts acquired from L1 into the caller's memory; in turn with them one memcpy each out of the same memory."""
     n_prompts = settings.working_set // settings.batch_nbytes
     width, nbytes = settings.batch * BLOCK_TOKENS, settings.batch_nbytes
-    prompts = [np.arange(i * width, (i + 1) * width, dtype=np.int32) for i in range(n_prompts)]
+    prompts = [np.arange(i * width, (i + 1) * width, dtype=np.int32) for i in range(2 * n_prompts)]
+    old, prompts = prompts[n_prompts:], prompts[:n_prompts]
     target = np.ones((n_prompts, settings.batch, settings.nbytes_per_block), dtype=np.uint8)
     with _manager(settings.nbytes_per_block, n_prompts * nbytes) as manager:
-        # Prompts grow in turn, so that no two blocks of one lie side by side.
-        for block in range(settings.batch):
-            for number, prompt in enumerate(prompts):
-                _write(manager, prompt[: (block + 1) * BLOCK_TOKENS], mark=(number + block) % 256)
+        if not manager.wait_until_grown():
+            raise CapacityError(f"{n_prompts * nbytes} bytes of L1: it did not grow to that size")
+        for prompt in old:  # L1 is full of them, so that the others get slots that were used before
+            _write(manager, prompt)
+        # Prompts that grow in turn have no two blocks side by side; those written at once lie as eviction left room.
+        for end in range(BLOCK_TOKENS, width + 1, BLOCK_TOKENS) if scattered else [width]:
+            for prompt in prompts:
+                _write(manager, prompt[:end])
         slabs = manager.pool.memories
         sources = [slab.address + at for slab in slabs for at in range(0, slab.nbytes - nbytes + 1, nbytes)]
         if not sources:
             raise CapacityError(f"a batch of {nbytes} bytes: more than one slab holds, so one memcpy cannot move it")
 
-        def acquire() -> None:
-            for prompt, mine in zip(prompts, target, strict=True):
-                with manager.acquire(prompt) as hit:
-                    hit.copy_into(mine)
+        def acquire(number: int) -> None:
+            with manager.acquire(prompts[number]) as hit:
+                hit.copy_into(target[number])
 
-        def memcpy() -> None:
-            for mine, source in zip(target, itertools.cycle(sources), strict=False):
-                ctypes.memmove(mine.ctypes.data, source, nbytes)
+        def memcpy(number: int) -> None:
+            ctypes.memmove(target[number].ctypes.data, sources[number % len(sources)], nbytes)
 
         ours, plain = [], []
         for _ in range(ROUNDS):
-            on_step("acquire and memcpy")
-            plain.append(n_prompts * nbytes / _timed(memcpy))
-            ours.append(n_prompts * nbytes / _timed(acquire))
-        marks = (np.arange(n_prompts)[:, None] + np.arange(settings.batch)) % 256
-        if not np.array_equal(target[:, :, -1], marks):
+            on_step(f"{name} and memcpy".replace("_", " "))
+            for number in range(n_prompts):
+                plain.append(nbytes / _timed(memcpy, number))
+                far = (number + n_prompts // 2) % n_prompts  # none of it is in the CPU's caches
+                ours.append(nbytes / _timed(acquire, far))
+        for number in range(n_prompts):
+            acquire(number)
+        firsts = np.arange(n_prompts)[:, None] * width + np.arange(settings.batch) * BLOCK_TOKENS
+        if not np.array_equal(target[:, :, -1], _mark(firsts)):
             raise KVRDMAError("L1 gave other bytes than were written")
     return {
-        "acquire_bytes_per_s": float(np.median(ours)),
-        "memcpy_bytes_per_s": float(np.median(plain)),
-        "acquire_ratio": float(np.median(np.divide(ours, plain))),
+        f"{name}_bytes_per_s": float(np.median(ours)),
+        f"{name}_memcpy_bytes_per_s": float(np.median(plain)),
+        f"{name}_ratio": float(np.median(ours) / np.median(plain)),
     }
 
 
@@ -233,10 +240,15 @@ def _manager(nbytes_per_block: int, l1_nbytes: int) -> KVCacheManager:
     return KVCacheManager(SPACE, nbytes_per_block, Settings(l1_bytes=l1_nbytes))
 
 
-def _write(manager: KVCacheManager, tokens: NDArray[np.int32], *, mark: int) -> None:
+def _write(manager: KVCacheManager, tokens: NDArray[np.int32]) -> None:
     """Write the blocks of a prompt that L1 has not."""
     with manager.reserve(tokens) as reservation:
-        for view in reservation.views:
-            view[:] = mark
+        for row, view in zip(reservation.rows, reservation.views, strict=True):
+            view[:] = _mark(tokens[row * BLOCK_TOKENS])
         if not reservation.commit():
             raise KVRDMAError("L1 did not take a block that it has room for")
+
+
+def _mark(first_token: NDArray[np.int_] | np.int32) -> NDArray[np.uint8]:
+    """What each byte of a block is."""
+    return np.asarray(first_token // BLOCK_TOKENS % 251, dtype=np.uint8)

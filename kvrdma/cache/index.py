@@ -384,7 +384,7 @@ class CacheIndex:
             batch = todo[first : first + PUT_BATCH]
             for slot in batch:
                 slot.offloaded = True
-                self._table.ref(slot)
+            self._table.ref(batch)
             self._emit(JobKind.PUT, batch, timeout=self.options.put_timeout_s)
 
     def _number(self) -> int:

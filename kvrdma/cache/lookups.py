@@ -77,7 +77,7 @@ class Lookups:
             self._begin(request, ready_only=ready_only)
         if request.phase is Phase.PROBING and (ready_only or self._clock() >= request.deadline):
             self._probing.pop(request.probe, None)
-            self._decide(request)
+            self._decide(request, self._ready(request))
         if request.phase is Phase.WAITING and (ready_only or not request.arriving()):
             self._offer(request)
         if request.phase is not Phase.OFFERED:
@@ -127,7 +127,7 @@ class Lookups:
         request = self._probing.pop(answer.number, None)
         if request is not None:
             request.answer = answer
-            self._decide(request)
+            self._decide(request, self._ready(request))
 
     def on_lost(self, key: bytes, reason: Reason) -> None:
         """A block that was being fetched did not come."""
@@ -139,22 +139,23 @@ class Lookups:
     # -- the steps
 
     def _begin(self, request: Request, *, ready_only: bool) -> None:
-        at = request.first + self._ready_run(request)
+        ready = self._ready(request)
+        at = request.first + len(ready)
         if request.refused or at == len(request.keys) or ready_only or self._probe_timeout_s is None:
-            self._decide(request)
+            self._decide(request, ready)
             return
         request.phase, request.probe, request.probed_from = Phase.PROBING, self._number(), at
         request.deadline = self._clock() + self._probe_timeout_s
         self._probing[request.probe] = request
         self._probes_out.append(Probe(request.probe, pack_keys(request.keys[at:])))
 
-    def _decide(self, request: Request) -> None:
+    def _decide(self, request: Request, ready: list[Slot]) -> None:
         """L2 has answered, or is not asked: what is fetched, and what is waited for?"""
         request.phase = Phase.WAITING
         if request.refused:
             return
-        run = self._ready_run(request)
-        self._hold_run(request, run)
+        self._hold_run(request, ready)
+        run = len(request.held)
         fetch: list[int] = []
         waits: list[tuple[int, Slot]] = []
         end = request.first + run
@@ -194,34 +195,25 @@ class Lookups:
         return fetch[:room]
 
     def _offer(self, request: Request) -> None:
-        self._hold_run(request, self._ready_run(request))
+        self._hold_run(request, self._ready(request))
         first_missing = request.first + len(request.held)
         request.reasons = [self._explain(request, row) for row in range(first_missing, len(request.keys))]
         self._stop_waiting(request)
         request.phase = Phase.OFFERED
 
-    def _ready_run(self, request: Request) -> int:
-        """How many blocks from `first` on are READY, and may be offered."""
-        run = len(request.held)
+    def _ready(self, request: Request) -> list[Slot]:
+        """What is READY behind what is held already, and may be offered."""
         if request.refused:
-            return run
-        for key in request.keys[request.first + run :]:
-            slot = self._table.get(key)
-            if slot is None or slot.state is not SlotState.READY:
-                break
-            run += 1
-        return run
+            return []
+        return self._table.leading_ready(request.keys[request.first + len(request.held) :])
 
-    def _hold_run(self, request: Request, run: int) -> None:
-        for key in request.keys[request.first + len(request.held) : request.first + run]:
-            slot = self._table.get(key)
-            assert slot is not None
-            self._hold(slot)
-            request.held.append(slot)
+    def _hold_run(self, request: Request, ready: list[Slot]) -> None:
+        self._hold(ready)
+        request.held += ready
 
     def _wait_for(self, request: Request, waits: Sequence[tuple[int, Slot]] | zip[tuple[int, Slot]]) -> None:
         for row, slot in waits:
-            self._hold(slot)
+            self._hold([slot])
             request.waits_for[slot.key] = (row, slot)
 
     def _stop_waiting(self, request: Request) -> None:
@@ -235,11 +227,12 @@ class Lookups:
         self._uncount(slots)
         self._table.unref(slots)
 
-    def _hold(self, slot: Slot) -> None:
-        """Reference a slot for a waiting request. Those of many requests with one prefix hold no more slots."""
-        self._table.ref(slot)
-        slot.waiters += 1
-        self.n_waiting_slots += slot.waiters == 1
+    def _hold(self, slots: Sequence[Slot]) -> None:
+        """Reference slots for a waiting request. Those of many requests with one prefix hold no more slots."""
+        self._table.ref(slots)
+        for slot in slots:
+            slot.waiters += 1
+            self.n_waiting_slots += slot.waiters == 1
 
     def _uncount(self, slots: Sequence[Slot]) -> None:
         for slot in slots:
@@ -280,7 +273,7 @@ class Lookups:
         self._probing.pop(request.probe, None)
         unused = len(request.held)
         if request.phase is not Phase.OFFERED:
-            unused = self._ready_run(request)
+            unused += len(self._ready(request))
             rows = range(request.first + unused, len(request.keys))
             request.reasons = [self._explain(request, row) for row in rows]
         if request.counted:

@@ -101,6 +101,17 @@ class SlotTable:
         """The slot of a key, in whatever state."""
         return self._slots.get(key)
 
+    def leading_ready(self, keys: Iterable[bytes]) -> list[Slot]:
+        """The READY slots of the leading keys, up to the first key that has none."""
+        slots: list[Slot] = []
+        get, ready = self._slots.get, SlotState.READY
+        for key in keys:
+            slot = get(key)
+            if slot is None or slot.state is not ready:
+                break
+            slots.append(slot)
+        return slots
+
     def was_evicted(self, key: bytes) -> bool:
         """Whether L1 had the key and lost it, as far as it remembers."""
         return key in self._evicted
@@ -141,11 +152,12 @@ class SlotTable:
             self._n_pinned -= slot.refs > 0
         self._lose(slot)
 
-    def ref(self, slot: Slot) -> None:
-        """Hold a slot."""
-        slot.refs += 1
-        if slot.refs == 1 and slot.state is SlotState.READY:
-            self._n_pinned += 1
+    def ref(self, slots: Iterable[Slot]) -> None:
+        """Hold slots, once each."""
+        for slot in slots:
+            slot.refs += 1
+            if slot.refs == 1 and slot.state is SlotState.READY:
+                self._n_pinned += 1
 
     def unref(self, slots: Iterable[Slot]) -> None:
         """Let go of slots, once each."""

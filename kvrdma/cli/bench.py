@@ -109,6 +109,7 @@ def _show_cache(result: CacheResult) -> None:
         ("  the longest slice of 0.9 ms", f"{figures['hash_longest_slice_s'] * 1e3:.2f} ms"),
         ("acquire from L1 into the caller's memory", f"{figures['acquire_bytes_per_s'] / 1e9:.2f} GB/s"),
         ("  over memcpy", f"{figures['acquire_ratio']:.2f}"),
+        ("  over memcpy, no two blocks side by side", f"{figures['acquire_scattered_ratio']:.2f}"),
         ("CPU tensors to slots, consecutive", f"{figures['gather_consecutive_bytes_per_s'] / 1e9:.2f} GB/s"),
         ("  neither consecutive", f"{figures['gather_scattered_bytes_per_s'] / 1e9:.2f} GB/s"),
         (f"pool of {figures['pool_nbytes'] / 2**30:.2f} GiB, first slot", f"{figures['pool_ready_s']:.2f} s"),

@@ -1,6 +1,6 @@
 """Memory: slabs that are page-locked and registered once, slots, leases, and copies to and from a device."""
 
-from kvrdma.memory.copier import BlockCopier, Copy, CpuCopier, Fence
+from kvrdma.memory.copier import BlockCopier, Copy, CpuCopier, Fence, read_slots
 from kvrdma.memory.growth import PoolGrowth
 from kvrdma.memory.pool import Lease, PinnedPool, Spans
 from kvrdma.memory.slab import MemfdSlabs, Memory, SlabReserve, SlabSource, available_memory_nbytes
@@ -21,4 +21,5 @@ __all__ = [
     "SlotAllocator",
     "Spans",
     "available_memory_nbytes",
+    "read_slots",
 ]

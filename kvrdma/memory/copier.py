@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -165,6 +166,20 @@ def check_numbers(numbers: Int64s, limit: int, what: str) -> None:
     """Raise `RegionError` where a number lies outside 0..limit-1: a copy would reach a neighbour's bytes."""
     if len(numbers) and not (numbers.min() >= 0 and numbers.max() < limit):
         raise RegionError(f"copy: {what}s must lie in 0..{limit - 1}, got {numbers.min()}..{numbers.max()}")
+
+
+def read_slots(slabs: Sequence[NDArray[np.uint8]], slots: Int64s, target: NDArray[np.uint8]) -> None:
+    """Copy slots of a pool's slabs (see `PinnedPool.rows`) into uint8[n, slot_nbytes].
+
+    Consecutive slots are copied at once: from 1 MiB on memcpy goes round the CPU's caches, twice as fast.
+    """
+    if not len(slots):
+        return
+    slab, within = np.divmod(slots, len(slabs[0]))  # only the last slab may have fewer slots than the others
+    starts = np.flatnonzero((np.diff(slots, prepend=-2) != 1) | (within == 0)).tolist()
+    for first, last in itertools.pairwise([*starts, len(slots)]):
+        row = int(within[first])
+        target[first:last] = slabs[slab[first]][row : row + last - first]
 
 
 def _copy_runs(

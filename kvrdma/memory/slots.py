@@ -44,9 +44,8 @@ class SlotAllocator:
             raise CapacityError(f"{n} slots asked for, {len(self._free)} of {len(self._taken)} are free")
         if n == 0:
             return []
-        slots = self._free[-n:]
+        slots = sorted(self._free[-n:])  # what was freed together, in whatever order, is one run again
         del self._free[-n:]
-        slots.reverse()
         for slot in slots:
             self._taken[slot] = True
         return slots

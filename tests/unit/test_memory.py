@@ -26,6 +26,7 @@ from kvrdma.memory import (
     SlotAllocator,
     Spans,
     available_memory_nbytes,
+    read_slots,
 )
 from kvrdma.memory.slab import PAGE_NBYTES, SlabSource
 
@@ -218,6 +219,16 @@ def test_slots_all_or_none() -> None:
     assert slots.generation(1) == 1
     assert slots.allocate(1) == [1]
     assert slots.generations([0, 1]).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("freed", [[4, 5, 6, 7], [7, 6, 5, 4], [6, 4, 7, 5]])
+def test_slots_freed_together_are_a_run_again(freed: list[int]) -> None:
+    slots = SlotAllocator(8)
+    slots.allocate(8)
+    slots.free([0, 1])
+    for slot in freed:
+        slots.free([slot])
+    assert slots.allocate(4) == [4, 5, 6, 7]
 
 
 def test_a_slot_is_freed_once() -> None:
@@ -671,3 +682,14 @@ def test_as_many_blocks_as_slots() -> None:
                 copier.gather(0, blocks, slots, after=copier.fence())
         assert not any(pool.view(slot).any() for slot in range(8))
         copier.close()
+
+
+@pytest.mark.parametrize("slots", [[], [3], [0, 1, 2, 3, 4, 5], [9, 2, 3, 4, 1, 0, 7, 8], [3, 3, 4], [4, 3, 2]])
+def test_slots_are_read_in_the_order_asked_for(slots: list[int]) -> None:
+    with small_pool() as pool:
+        assert len(pool.rows()) > 1
+        for slot in range(pool.n_slots):
+            pool.view(slot)[:] = slot + 1
+        target = np.zeros((len(slots) + 1, pool.slot_nbytes), dtype=np.uint8)
+        read_slots(pool.rows(), column(*slots), target[:-1])
+        assert (target == np.array([*(slot + 1 for slot in slots), 0])[:, None]).all()
