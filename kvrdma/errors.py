@@ -29,6 +29,10 @@ class ProtocolError(TransportError):
     """A peer that speaks another version, or that sent what the protocol does not allow."""
 
 
+class AuthenticationError(TransportError):
+    """A peer that did not prove that it knows the token, or that wants a proof which this side cannot give."""
+
+
 class DeadlineError(KVRDMAError, TimeoutError):
     """A wait that ended before what it waited for. The work itself may still be under way."""
 

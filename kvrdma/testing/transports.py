@@ -748,6 +748,39 @@ class TransportSuite:
         transports[0].connect(listener.contact_address, timeout=PATIENCE_S, ticket=ticket)
         assert listener.accept(timeout=PATIENCE_S).ticket == ticket
 
+    def test_who_knows_the_secret_gets_in(self, transports: tuple[Transport, Transport]) -> None:
+        """`secret_of` is asked with the ticket, and both ends can then move bytes."""
+        secrets = {b"one": b"1" * 32, b"two": b"2" * 32}
+        listener = transports[1].listen(self.address, secret_of=secrets.get)
+        for ticket, secret in secrets.items():
+            transports[0].connect(listener.contact_address, timeout=PATIENCE_S, ticket=ticket, secret=secret).close()
+            assert listener.accept(timeout=PATIENCE_S).ticket == ticket
+
+    @pytest.mark.parametrize(
+        ("ticket", "secret"),
+        [(b"one", b"2" * 32), (b"one", b""), (b"one", b"1" * 31), (b"other", b"1" * 32), (b"", b"")],
+        ids=["the secret of another ticket", "no secret", "half a secret", "a ticket of nobody", "nothing"],
+    )
+    def test_who_does_not_know_the_secret_is_turned_away(
+        self, transports: tuple[Transport, Transport], ticket: bytes, secret: bytes
+    ) -> None:
+        """`TransportError`; nothing is handed to `accept`, and the next one is served."""
+        secrets = {b"one": b"1" * 32, b"two": b"2" * 32}
+        listener = transports[1].listen(self.address, secret_of=secrets.get)
+        with pytest.raises(TransportError):
+            transports[0].connect(listener.contact_address, timeout=PATIENCE_S, ticket=ticket, secret=secret)
+        with pytest.raises(DeadlineError):
+            listener.accept(timeout=0.05)
+        transports[0].connect(listener.contact_address, timeout=PATIENCE_S, ticket=b"two", secret=b"2" * 32)
+        assert listener.accept(timeout=PATIENCE_S).ticket == b"two"
+
+    def test_a_listener_that_does_not_know_the_secret_is_refused(
+        self, transports: tuple[Transport, Transport], listener: Listener
+    ) -> None:
+        """Whoever gives a secret wants to be sure of the other end, too."""
+        with pytest.raises(TransportError):
+            transports[0].connect(listener.contact_address, timeout=PATIENCE_S, ticket=b"one", secret=b"1" * 32)
+
     def test_connect_to_nobody(self, transports: tuple[Transport, Transport]) -> None:
         """`TransportError` or `DeadlineError`, and the transport can go on."""
         with pytest.raises((TransportError, DeadlineError)):

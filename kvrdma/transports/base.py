@@ -250,6 +250,10 @@ class Endpoint(ABC):
         self.close() if kind is None else self.abort()
 
 
+SecretOf = Callable[[bytes], bytes | None]
+"""The secret behind a ticket; None where nobody was given it."""
+
+
 class Listener(ABC):
     """Where peers connect to. `contact_address` is what to tell them."""
 
@@ -301,12 +305,23 @@ class Transport(ABC):
         """Take an export back: requests that arrive later fail. Unknown ones are ignored."""
 
     @abstractmethod
-    def connect(self, address: str, *, timeout: float, ticket: bytes = b"") -> Endpoint:
-        """Reach a listener; raises `TransportError` or `DeadlineError`."""
+    def connect(self, address: str, *, timeout: float, ticket: bytes = b"", secret: bytes = b"") -> Endpoint:
+        """Reach a listener. `ticket` says who we are; both ends prove that they know the `secret` behind it.
+
+        Raises:
+            TransportError, DeadlineError: the listener cannot be reached, or turned us away.
+            AuthenticationError: the listener does not know the secret.
+        """
 
     @abstractmethod
-    def listen(self, address: str) -> Listener:
-        """Open a listener; raises `TransportError` where the address is taken or not ours."""
+    def listen(self, address: str, *, secret_of: SecretOf | None = None) -> Listener:
+        """Open a listener for whoever proves that it knows the secret of its ticket.
+
+        `secret_of` is called on the transport's thread; without it every ticket has the empty secret.
+
+        Raises:
+            TransportError: the address is taken or not ours.
+        """
 
     @abstractmethod
     def close(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hmac
 import itertools
 import queue
 import threading
@@ -12,7 +13,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from kvrdma.errors import ClosedError, DeadlineError, KVRDMAError, RegionError, TransportError
+from kvrdma.errors import AuthenticationError, ClosedError, DeadlineError, KVRDMAError, RegionError, TransportError
 from kvrdma.memory import Lease, Memory
 from kvrdma.transports.base import (
     Endpoint,
@@ -22,6 +23,7 @@ from kvrdma.transports.base import (
     Priority,
     RemoteRegion,
     Rights,
+    SecretOf,
     Transfer,
     TransferBatch,
     Transport,
@@ -62,13 +64,16 @@ class InprocTransport(Transport):
         """Take a key back."""
         self.table.revoke(remote)
 
-    def connect(self, address: str, *, timeout: float, ticket: bytes = b"") -> Endpoint:
+    def connect(self, address: str, *, timeout: float, ticket: bytes = b"", secret: bytes = b"") -> Endpoint:
         """Reach a listener of this process."""
         check_open(self._closed, "inproc transport")
         with _guard:
             listener = _listeners.get(address)
         if listener is None:
             raise TransportError(f"inproc: nobody listens on {address!r}")
+        expected = b"" if listener.secret_of is None else listener.secret_of(ticket)
+        if expected is None or not hmac.compare_digest(expected, secret):
+            raise AuthenticationError(f"inproc: {address!r} does not know the ticket, or another secret for it")
         here = InprocEndpoint(self.table, listener.transport.table, peer=address, ticket=ticket)
         there = InprocEndpoint(listener.transport.table, self.table, peer=f"peer of {address}", ticket=ticket)
         here.join(there)
@@ -77,10 +82,10 @@ class InprocTransport(Transport):
         listener.admit(there)
         return here
 
-    def listen(self, address: str) -> Listener:
+    def listen(self, address: str, *, secret_of: SecretOf | None = None) -> Listener:
         """Open a listener under a name; an empty one picks a free one."""
         check_open(self._closed, "inproc transport")
-        listener = InprocListener(self, address or f"inproc-{next(_numbers)}")
+        listener = InprocListener(self, address or f"inproc-{next(_numbers)}", secret_of)
         with _guard:
             if listener.contact_address in _listeners:
                 raise TransportError(f"inproc: {address!r} is taken")
@@ -114,8 +119,9 @@ class InprocTransport(Transport):
 class InprocListener(Listener):
     """Hands the other end of each connection to whoever accepts."""
 
-    def __init__(self, transport: InprocTransport, name: str) -> None:
+    def __init__(self, transport: InprocTransport, name: str, secret_of: SecretOf | None) -> None:
         self.transport = transport
+        self.secret_of = secret_of
         self._name = name
         self._ready: queue.SimpleQueue[Endpoint | None] = queue.SimpleQueue()
         self._callback: Callable[[Endpoint], None] | None = None

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from kvrdma.auth import PROOF_NBYTES, Role, make_nonce
 from kvrdma.errors import ClosedError
 from kvrdma.memory import Memory
 from kvrdma.testing.transports import PATIENCE_S, TransportSuite, column, make_batch
@@ -29,8 +30,11 @@ class TestTcp(TransportSuite):
                     while True:
                         sock, _ = server.accept()
                         socks.append(sock)
-                        sock.recv(wire.GREETING_NBYTES, socket.MSG_WAITALL)
-                        sock.sendall(wire.answer())
+                        greeting = wire.Greeting.decode(sock.recv(wire.GREETING_NBYTES, socket.MSG_WAITALL))
+                        challenge = make_nonce()
+                        sock.sendall(wire.encode_challenge(challenge))
+                        sock.recv(PROOF_NBYTES, socket.MSG_WAITALL)
+                        sock.sendall(greeting.prove(Role.SERVER, b"", challenge))
 
             thread = threading.Thread(target=serve)
             thread.start()

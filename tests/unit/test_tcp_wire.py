@@ -9,7 +9,7 @@ import struct
 import threading
 import time
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -18,8 +18,16 @@ from by_hand import Bench
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvrdma.auth import NONCE_NBYTES, PROOF_NBYTES, Role, make_nonce
 from kvrdma.backends import open_backend
-from kvrdma.errors import ClosedError, ConfigError, DeadlineError, ProtocolError, TransportError
+from kvrdma.errors import (
+    AuthenticationError,
+    ClosedError,
+    ConfigError,
+    DeadlineError,
+    ProtocolError,
+    TransportError,
+)
 from kvrdma.memory import Memory
 from kvrdma.settings import Settings
 from kvrdma.transports import Endpoint, Opcode, Rights, TransferBatch
@@ -71,14 +79,14 @@ def test_a_greeting_with_impossible_numbers_is_refused(index: int, count: int) -
 def test_another_version_is_named_with_ours() -> None:
     other = struct.pack("<6sH", b"kvrtcp", 7)
     for call in (
-        lambda: wire.check_answer(other),
+        lambda: wire.decode_challenge(other + bytes(NONCE_NBYTES)),
         lambda: Greeting.decode(other + Greeting(b"s" * 16, 0, 1, b"").encode()[8:]),
     ):
         with pytest.raises(ProtocolError, match=rf"version 7.*{wire.VERSION}"):
             call()
     with pytest.raises(ProtocolError, match="does not speak"):
-        wire.check_answer(b"HTTP/1.1")
-    wire.check_answer(wire.answer())
+        wire.decode_challenge(b"HTTP/1.1" + bytes(NONCE_NBYTES))
+    assert wire.decode_challenge(wire.encode_challenge(b"n" * NONCE_NBYTES)) == b"n" * NONCE_NBYTES
 
 
 # -- headers and bodies
@@ -282,6 +290,22 @@ def receive(sock: socket.socket, n: int) -> bytes:
     return bytes(raw)
 
 
+def prove_as_client(sock: socket.socket, greeting: Greeting, secret: bytes = b"") -> None:
+    """Go on after a greeting: answer the challenge, and check the listener's proof."""
+    challenge = wire.decode_challenge(receive(sock, wire.CHALLENGE_NBYTES))
+    sock.sendall(greeting.prove(Role.CLIENT, secret, challenge))
+    assert greeting.check(receive(sock, PROOF_NBYTES), Role.SERVER, secret, challenge)
+
+
+def prove_as_server(sock: socket.socket, secret: bytes = b"") -> Greeting:
+    """Let a client in, with bytes instead of a listener."""
+    greeting, challenge = Greeting.decode(receive(sock, wire.GREETING_NBYTES)), make_nonce()
+    sock.sendall(wire.encode_challenge(challenge))
+    assert greeting.check(receive(sock, PROOF_NBYTES), Role.CLIENT, secret, challenge)
+    sock.sendall(greeting.prove(Role.SERVER, secret, challenge))
+    return greeting
+
+
 @contextmanager
 def guest(
     address: str, *, ticket: bytes = b"", session: bytes = b"s" * 16, rcvbuf: int | None = None
@@ -292,8 +316,9 @@ def guest(
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, rcvbuf)
         sock.settimeout(PATIENCE_S)
         sock.connect(parse_address(address))
-        sock.sendall(Greeting(session, 0, 1, ticket).encode())
-        wire.check_answer(receive(sock, wire.ANSWER_NBYTES))
+        greeting = Greeting(session, 0, 1, ticket)
+        sock.sendall(greeting.encode())
+        prove_as_client(sock, greeting)
         yield sock
 
 
@@ -393,6 +418,8 @@ def test_streams_that_do_not_belong_together(serving: TcpTransport, other: Greet
         ]
         for sock, greeting in zip(socks, (Greeting(b"s" * 16, 0, 2, b"mine"), other), strict=True):
             sock.sendall(greeting.encode())
+            challenge = wire.decode_challenge(receive(sock, wire.CHALLENGE_NBYTES))
+            sock.sendall(greeting.prove(Role.CLIENT, b"", challenge))
         assert all(receive(sock, 1) == b"" for sock in socks)
     with pytest.raises(DeadlineError):
         listener.accept(timeout=0.01)
@@ -428,6 +455,74 @@ def test_any_bytes_end_at_most_their_own_connection(
         pass
 
 
+SECRET = b"k" * 32
+
+
+def served(secret_of: Callable[[bytes], bytes | None], transport: TcpTransport) -> tuple[str, int]:
+    return parse_address(transport.listen("127.0.0.1:0", secret_of=secret_of).contact_address)
+
+
+def greeted(sock: socket.socket, greeting: Greeting) -> bytes:
+    sock.sendall(greeting.encode())
+    return wire.decode_challenge(receive(sock, wire.CHALLENGE_NBYTES))
+
+
+def test_a_proof_that_was_overheard_is_of_no_use(serving: TcpTransport) -> None:
+    """Replayed with its greeting, reflected, or moved to another stream or ticket of the same session."""
+    address = served(lambda _: SECRET, serving)
+    greeting = Greeting(b"s" * 16, 0, 2, b"ticket")
+    with socket.create_connection(address, timeout=PATIENCE_S) as sock:
+        challenge = greeted(sock, greeting)
+        overheard = greeting.prove(Role.CLIENT, SECRET, challenge)
+        sock.sendall(overheard)
+        for other, proof in [
+            (greeting, lambda _: overheard),
+            (greeting, lambda fresh: greeting.prove(Role.SERVER, SECRET, fresh)),
+            (Greeting(b"s" * 16, 1, 2, b"ticket"), lambda fresh: greeting.prove(Role.CLIENT, SECRET, fresh)),
+            (Greeting(b"s" * 16, 0, 2, b"tickes", greeting.nonce), lambda _: overheard),
+        ]:
+            with socket.create_connection(address, timeout=PATIENCE_S) as thief:
+                thief.sendall(proof(greeted(thief, other)))
+                assert gone(thief)
+        with socket.create_connection(address, timeout=PATIENCE_S) as mate:  # the session itself goes on
+            second = Greeting(b"s" * 16, 1, 2, b"ticket")
+            mate.sendall(second.prove(Role.CLIENT, SECRET, greeted(mate, second)))
+            assert greeting.check(receive(sock, PROOF_NBYTES), Role.SERVER, SECRET, challenge)
+
+
+def test_nothing_of_a_listener_depends_on_its_secret_before_the_proof(serving: TcpTransport) -> None:
+    """Whoever only connects gets a nonce, fresh each time, and no proof to guess a secret by."""
+    address = served(lambda _: SECRET, serving)
+    greeting = Greeting(b"s" * 16, 0, 1, b"ticket")
+    seen = set()
+    for _ in range(3):
+        with socket.create_connection(address, timeout=PATIENCE_S) as sock:
+            seen.add(greeted(sock, greeting))
+            sock.sendall(bytes(PROOF_NBYTES))
+            assert receive(sock, 1) == b""
+    assert len(seen) == 3
+
+
+def test_a_listener_that_cannot_prove_itself_is_refused() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, TcpTransport() as transport:
+
+        def serve() -> None:
+            sock, _ = server.accept()
+            with sock:
+                greeting = Greeting.decode(receive(sock, wire.GREETING_NBYTES))
+                sock.sendall(wire.encode_challenge(bytes(NONCE_NBYTES)))
+                proof = receive(sock, PROOF_NBYTES)
+                assert greeting.check(proof, Role.CLIENT, SECRET, bytes(NONCE_NBYTES))
+                sock.sendall(proof)  # reflected
+                gone(sock)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with pytest.raises(AuthenticationError, match="did not prove"):
+            transport.connect(f"127.0.0.1:{server.getsockname()[1]}", timeout=PATIENCE_S, secret=SECRET)
+        thread.join(PATIENCE_S)
+
+
 def test_a_read_of_nothing_is_answered(serving: TcpTransport) -> None:
     listener = serving.listen("127.0.0.1:0")
     with guest(listener.contact_address) as sock:
@@ -458,7 +553,7 @@ def test_a_guest_of_another_version_is_told_ours(serving: TcpTransport) -> None:
         raw = bytearray(Greeting(b"s" * 16, 0, 1, b"").encode())
         raw[6] = 200
         sock.sendall(raw)
-        assert receive(sock, wire.ANSWER_NBYTES) == wire.answer()
+        wire.decode_challenge(receive(sock, wire.CHALLENGE_NBYTES))
         assert gone(sock)
 
 
@@ -482,7 +577,7 @@ def answered_by(raw: bytes) -> tuple[socket.socket, threading.Thread]:
     ("raw", "error", "text"),
     [
         (b"HTTP/1.1 400 Bad Request", ProtocolError, "does not speak"),
-        (struct.pack("<6sH", b"kvrtcp", 9), ProtocolError, "version 9"),
+        (struct.pack("<6sH16x", b"kvrtcp", 9), ProtocolError, "version 9"),
     ],
 )
 def test_connect_to_somebody_else(serving: TcpTransport, raw: bytes, error: type[Exception], text: str) -> None:
@@ -529,8 +624,7 @@ def peer_that_answers(reply: bytes) -> Iterator[tuple[TcpTransport, Endpoint]]:
         def serve() -> None:
             sock, _ = server.accept()
             with sock:
-                receive(sock, wire.GREETING_NBYTES)
-                sock.sendall(wire.answer())
+                prove_as_server(sock)
                 receive(sock, wire.HEADER_NBYTES)
                 sock.sendall(reply)
                 gone(sock)
@@ -588,12 +682,8 @@ def test_a_reply_on_another_stream_writes_nothing() -> None:
 
         def serve() -> None:
             with contextlib.ExitStack() as stack:
-                socks = {}
-                for _ in range(2):
-                    sock = stack.enter_context(server.accept()[0])
-                    socks[Greeting.decode(receive(sock, wire.GREETING_NBYTES)).index] = sock
-                for sock in socks.values():
-                    sock.sendall(wire.answer())
+                accepted = [stack.enter_context(server.accept()[0]) for _ in range(2)]
+                socks = {prove_as_server(sock).index: sock for sock in accepted}
                 asked = select.select(list(socks.values()), [], [], PATIENCE_S)[0]
                 other = next(sock for sock in socks.values() if sock not in asked)
                 other.sendall(Header(Frame.READ_REPLY, 0, 0, 1, 1, 8).encode() + ALL_OK + b"w" * 8)
@@ -667,10 +757,13 @@ def test_a_slow_reader_on_as_many_streams_as_there_can_be(serving: TcpTransport)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             sock.settimeout(PATIENCE_S)
             sock.connect(parse_address(listener.contact_address))
-            sock.sendall(Greeting(b"s" * 16, index, wire.MAX_STREAMS, b"").encode())
+            greeting = Greeting(b"s" * 16, index, wire.MAX_STREAMS, b"")
+            sock.sendall(greeting.encode())
+            challenge = wire.decode_challenge(receive(sock, wire.CHALLENGE_NBYTES))
+            sock.sendall(greeting.prove(Role.CLIENT, b"", challenge))
             socks.append(sock)
         for sock in socks:
-            wire.check_answer(receive(sock, wire.ANSWER_NBYTES))
+            assert len(receive(sock, PROOF_NBYTES)) == PROOF_NBYTES
         for sock in socks:
             sock.sendall(
                 b"".join(

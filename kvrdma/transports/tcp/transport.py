@@ -1,7 +1,8 @@
-"""`TcpTransport`: connects and listens; the streams of one endpoint find each other by their greeting."""
+"""`TcpTransport`: connects and listens. Each stream proves itself, and finds those of its endpoint by greeting."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import secrets
@@ -12,7 +13,15 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar, Final
 
-from kvrdma.errors import ClosedError, ConfigError, DeadlineError, ProtocolError, TransportError
+from kvrdma.auth import PROOF_NBYTES, Role, make_nonce
+from kvrdma.errors import (
+    AuthenticationError,
+    ClosedError,
+    ConfigError,
+    DeadlineError,
+    ProtocolError,
+    TransportError,
+)
 from kvrdma.memory import Memory
 from kvrdma.settings import Url
 from kvrdma.transports.base import (
@@ -21,6 +30,7 @@ from kvrdma.transports.base import (
     MemoryRegion,
     RemoteRegion,
     Rights,
+    SecretOf,
     Transport,
     call_guarded,
     check_open,
@@ -78,7 +88,7 @@ class TcpTransport(Transport):
         """Take a key back."""
         self._table.revoke(remote)
 
-    def connect(self, address: str, *, timeout: float, ticket: bytes = b"") -> Endpoint:
+    def connect(self, address: str, *, timeout: float, ticket: bytes = b"", secret: bytes = b"") -> Endpoint:
         """Open every stream of a new endpoint."""
         check_open(self._closed, "tcp transport")
         if len(ticket) > wire.MAX_TICKET:
@@ -86,17 +96,25 @@ class TcpTransport(Transport):
         host, port = parse_address(address)
         session = secrets.token_bytes(wire.SESSION_NBYTES)
         deadline = time.monotonic() + timeout
+        greetings = [wire.Greeting(session, index, self._n_streams, ticket) for index in range(self._n_streams)]
         socks: list[socket.socket] = []
         try:
-            for index in range(self._n_streams):
+            for greeting in greetings:
                 sock = socket.create_connection((host, port), timeout=_left(deadline, address))
                 socks.append(sock)
                 if sock.getsockname() == sock.getpeername():
                     # Where nobody listens on a port of the ephemeral range, TCP may meet and greet itself.
                     raise TransportError(f"tcp: cannot reach {address}: nobody listens there")
-                sock.sendall(wire.Greeting(session, index, self._n_streams, ticket).encode())
-            for sock in socks:
-                wire.check_answer(_receive_exactly(sock, wire.ANSWER_NBYTES, deadline, address))
+                sock.sendall(greeting.encode())
+            challenges = []
+            for sock, greeting in zip(socks, greetings, strict=True):
+                challenge = wire.decode_challenge(_receive_exactly(sock, wire.CHALLENGE_NBYTES, deadline, address))
+                challenges.append(challenge)
+                sock.sendall(greeting.prove(Role.CLIENT, secret, challenge))
+            for sock, greeting, challenge in zip(socks, greetings, challenges, strict=True):
+                proof = _receive_exactly(sock, PROOF_NBYTES, deadline, address)
+                if not greeting.check(proof, Role.SERVER, secret, challenge):
+                    raise AuthenticationError(f"tcp: {address} did not prove that it knows the secret of this ticket")
             return self._adopt(socks, peer=address, ticket=ticket)
         except BaseException as error:
             for sock in socks:
@@ -107,7 +125,7 @@ class TcpTransport(Transport):
                 raise TransportError(f"tcp: cannot reach {address}: {error.strerror or error}") from error
             raise
 
-    def listen(self, address: str) -> Listener:
+    def listen(self, address: str, *, secret_of: SecretOf | None = None) -> Listener:
         """Open a listener on host:port; port 0 picks a free one."""
         check_open(self._closed, "tcp transport")
         host, port = parse_address(address, allow_zero=True)
@@ -117,7 +135,7 @@ class TcpTransport(Transport):
         except OSError as error:
             raise TransportError(f"tcp: cannot listen on {address}: {error.strerror or error}") from error
         try:
-            listener = TcpListener(sock, host, self._loop, self._adopt)
+            listener = TcpListener(sock, host, self._loop, self._adopt, secret_of)
         except ClosedError:
             sock.close()
             raise
@@ -152,22 +170,33 @@ class TcpTransport(Transport):
 
 @dataclass(slots=True, eq=False)
 class _Guest:
-    """A socket that has not finished its greeting, or waits for the other streams of its session."""
+    """A socket that has not proved itself yet, or waits for the other streams of its session."""
 
     sock: socket.socket
     peer: str
     buffer: bytearray = field(default_factory=lambda: bytearray(wire.GREETING_NBYTES))
     have: int = 0
     greeting: wire.Greeting | None = None
+    secret: bytes = b""
+    challenge: bytes = field(default_factory=make_nonce)
+    proved: bool = False
     timer: Timer | None = None
 
 
 class TcpListener(Listener):
     """Accepts streams and joins those of one session into an endpoint."""
 
-    def __init__(self, sock: socket.socket, host: str, loop: IoLoop, adopt: Callable[..., Endpoint]) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        host: str,
+        loop: IoLoop,
+        adopt: Callable[..., Endpoint],
+        secret_of: SecretOf | None,
+    ) -> None:
         sock.setblocking(False)
         self._sock = sock
+        self._secret_of = secret_of
         self._loop = loop
         self._adopt = adopt
         port = sock.getsockname()[1]
@@ -236,75 +265,83 @@ class TcpListener(Listener):
             sock.setblocking(False)
             guest = _Guest(sock, f"{address[0]}:{address[1]}")
             self._guests.add(guest)
-            self._loop.watch(sock.fileno(), READABLE, partial(self._on_greeting, guest))
+            self._loop.watch(sock.fileno(), READABLE, partial(self._on_guest, guest))
             guest.timer = self._loop.call_at(time.monotonic() + GREETING_TIMEOUT_S, partial(self._dismiss, guest))
 
     def _resume(self) -> None:
         if not self._closed:
             self._loop.watch(self._sock.fileno(), READABLE, lambda _: self._accept())
 
-    def _on_greeting(self, guest: _Guest, events: int) -> None:
+    def _on_guest(self, guest: _Guest, events: int) -> None:
+        """Read a greeting and answer with a challenge; then read the proof."""
         try:
             n = guest.sock.recv_into(memoryview(guest.buffer)[guest.have :])
             if n == 0:
-                raise TransportError("closed before its greeting was whole")
+                raise TransportError("closed before it had proved itself")
             guest.have += n
-            if guest.have < wire.GREETING_NBYTES:
+            if guest.have < len(guest.buffer):
                 return
-            guest.greeting = wire.Greeting.decode(bytes(guest.buffer))
+            if guest.greeting is None:
+                self._challenge(guest, wire.Greeting.decode(bytes(guest.buffer)))
+                return
+            if not guest.greeting.check(bytes(guest.buffer), Role.CLIENT, guest.secret, guest.challenge):
+                raise AuthenticationError("its proof does not hold")
         except BlockingIOError:
             return
-        except ProtocolError as error:
+        except (ProtocolError, AuthenticationError) as error:
             logger.warning("tcp listener %s: %s: %s", self._contact, guest.peer, error)
-            self._answer_and_dismiss(guest)
+            if guest.greeting is None:  # a peer of another version learns which one this is
+                with contextlib.suppress(OSError):
+                    guest.sock.send(wire.encode_challenge(guest.challenge))
+            self._dismiss(guest)
             return
         except (OSError, TransportError):
             self._dismiss(guest)
             return
+        guest.proved = True
         self._loop.forget(guest.sock.fileno())
         self._join(guest.greeting)
 
+    def _challenge(self, guest: _Guest, greeting: wire.Greeting) -> None:
+        secret = b"" if self._secret_of is None else self._secret_of(greeting.ticket)
+        if secret is None:
+            raise AuthenticationError("its ticket is not one of ours")
+        guest.greeting, guest.secret = greeting, secret
+        guest.buffer, guest.have = bytearray(PROOF_NBYTES), 0
+        guest.sock.send(wire.encode_challenge(guest.challenge))
+
     def _join(self, greeting: wire.Greeting) -> None:
-        """Make an endpoint once the last of a session's streams is here."""
-        mates = [g for g in self._guests if g.greeting and g.greeting.session == greeting.session]
-        indices = sorted(g.greeting.index for g in mates if g.greeting)
-        if any(
-            g.greeting and (g.greeting.count, g.greeting.ticket) != (greeting.count, greeting.ticket) for g in mates
-        ):
-            for guest in mates:
+        """Make an endpoint once the last of a session's streams has proved itself."""
+        found = [(g.greeting, g) for g in self._guests if g.greeting and g.greeting.session == greeting.session]
+        mates = [(said, g) for said, g in found if g.proved]
+        if any((said.count, said.ticket) != (greeting.count, greeting.ticket) for said, _ in mates):
+            for _, guest in found:
                 self._dismiss(guest)
             return
-        if indices != list(range(greeting.count)):
+        if sorted(said.index for said, _ in mates) != list(range(greeting.count)):
             return
-        mates.sort(key=lambda g: g.greeting.index if g.greeting else 0)
-        for guest in mates:
+        mates.sort(key=lambda mate: mate[0].index)
+        for _, guest in mates:
             self._strike(guest)
+        peer = mates[0][1].peer
         try:
-            endpoint = self._adopt([g.sock for g in mates], peer=mates[0].peer, ticket=greeting.ticket)
+            endpoint = self._adopt([guest.sock for _, guest in mates], peer=peer, ticket=greeting.ticket)
         except (OSError, ClosedError) as error:
-            logger.debug("tcp listener %s: %s: %s", self._contact, mates[0].peer, error)
-            for guest in mates:
+            logger.debug("tcp listener %s: %s: %s", self._contact, peer, error)
+            for _, guest in mates:
                 guest.sock.close()
             return
-        # The answer goes last: once `connect` has returned, this end is known to whoever waits for it here.
+        # Our proofs go last: once `connect` has returned, this end is known to whoever waits for it here.
         if self._callback is not None:
             call_guarded(self._callback, endpoint)
         else:
             self._ready.put(endpoint)
         try:
-            for guest in mates:
-                guest.sock.send(wire.answer())
+            for said, guest in mates:
+                guest.sock.send(said.prove(Role.SERVER, guest.secret, guest.challenge))
         except OSError as error:
-            logger.debug("tcp listener %s: %s left before it was answered: %s", self._contact, mates[0].peer, error)
+            logger.debug("tcp listener %s: %s left before it was answered: %s", self._contact, peer, error)
             endpoint.abort()
-
-    def _answer_and_dismiss(self, guest: _Guest) -> None:
-        """Tell a peer of another version which one this is before it is turned away."""
-        try:
-            guest.sock.send(wire.answer())
-        except OSError:
-            logger.debug("tcp listener %s: %s left before it was answered", self._contact, guest.peer)
-        self._dismiss(guest)
 
     def _dismiss(self, guest: _Guest) -> None:
         if guest in self._guests:
@@ -357,6 +394,8 @@ def _receive_exactly(sock: socket.socket, n: int, deadline: float, address: str)
         sock.settimeout(_left(deadline, address))
         part = sock.recv(n - len(raw))
         if not part:
-            raise TransportError(f"tcp: {address} closed the connection before it answered the greeting")
+            raise TransportError(
+                f"tcp: {address} turned a stream away: another version, a ticket or secret that it does not know"
+            )
         raw += part
     return raw

@@ -1,25 +1,27 @@
 """The frames of the tcp transport, as bytes and back; sans-I/O. All integers are little-endian.
 
-A stream opens with a greeting of fixed size, answered by one. Frames follow: a header of fixed size, a body
-whose size the header gives, and a payload. Requests name regions by tokens and ranges by int64 columns.
+A stream opens with four pieces of fixed size: a greeting, the listener's challenge, and a proof from either
+side, the connecting one first. Frames follow: a header of fixed size, a body whose size the header gives, and
+a payload. Requests name regions by tokens and ranges by int64 columns.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Final, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvrdma.auth import NONCE_NBYTES, Role, check_proof, make_nonce, prove
 from kvrdma.errors import ProtocolError
 from kvrdma.layout import Int64s
 from kvrdma.transports.regions import TOKEN_NBYTES
 
-VERSION: Final = 1
+VERSION: Final = 2
 MAX_RANGES: Final = 1 << 16
 MAX_REGIONS: Final = 1 << 12
 MAX_PAYLOAD: Final = 64 << 20
@@ -29,12 +31,12 @@ MAX_DEPTH: Final = 8  # requests that may wait for their reply on one stream
 SESSION_NBYTES: Final = 16
 
 _MAGIC: Final = b"kvrtcp"
-_GREETING = struct.Struct(f"<6sH{SESSION_NBYTES}sHHH{MAX_TICKET}s")
-_ANSWER = struct.Struct("<6sH")
+_GREETING = struct.Struct(f"<6sH{SESSION_NBYTES}sHHH{MAX_TICKET}s{NONCE_NBYTES}s")
+_CHALLENGE = struct.Struct(f"<6sH{NONCE_NBYTES}s")
 _HEADER = struct.Struct("<BBHIQQ")
 _ROW_NBYTES: Final = 24
 GREETING_NBYTES: Final = _GREETING.size
-ANSWER_NBYTES: Final = _ANSWER.size
+CHALLENGE_NBYTES: Final = _CHALLENGE.size
 HEADER_NBYTES: Final = _HEADER.size
 
 
@@ -57,29 +59,42 @@ class Greeting:
     index: int
     count: int
     ticket: bytes
+    nonce: bytes = field(default_factory=make_nonce)
 
     def encode(self) -> bytes:
         """The bytes that open a stream."""
-        return _GREETING.pack(_MAGIC, VERSION, self.session, self.index, self.count, len(self.ticket), self.ticket)
+        return _GREETING.pack(
+            _MAGIC, VERSION, self.session, self.index, self.count, len(self.ticket), self.ticket, self.nonce
+        )
 
     @classmethod
     def decode(cls, raw: bytes) -> Self:
         """Read a greeting; raises `ProtocolError`."""
-        magic, version, session, index, count, length, ticket = _GREETING.unpack(raw)
+        magic, version, session, index, count, length, ticket, nonce = _GREETING.unpack(raw)
         _check(magic, version)
         if not (index < count <= MAX_STREAMS) or length > MAX_TICKET:
             raise ProtocolError(f"tcp: greeting of stream {index} of {count} with a ticket of {length} bytes")
-        return cls(session, index, count, ticket[:length])
+        return cls(session, index, count, ticket[:length], nonce)
+
+    def prove(self, role: Role, secret: bytes, challenge: bytes) -> bytes:
+        """The proof of one end for this stream, whose greeting it covers."""
+        return prove(secret, role, b"tcp stream", self.encode(), challenge)
+
+    def check(self, proof: bytes, role: Role, secret: bytes, challenge: bytes) -> bool:
+        """Whether an end's proof holds."""
+        return check_proof(proof, secret, role, b"tcp stream", self.encode(), challenge)
 
 
-def answer() -> bytes:
+def encode_challenge(nonce: bytes) -> bytes:
     """The bytes that answer a greeting."""
-    return _ANSWER.pack(_MAGIC, VERSION)
+    return _CHALLENGE.pack(_MAGIC, VERSION, nonce)
 
 
-def check_answer(raw: bytes) -> None:
-    """Raise `ProtocolError` where the answer is another version's, or no answer at all."""
-    _check(*_ANSWER.unpack(raw))
+def decode_challenge(raw: bytes) -> bytes:
+    """The listener's nonce; raises `ProtocolError` where it speaks another version, or something else."""
+    magic, version, nonce = _CHALLENGE.unpack(raw)
+    _check(magic, version)
+    return bytes(nonce)
 
 
 def _check(magic: bytes, version: int) -> None:
