@@ -3,6 +3,9 @@
 A connection opens with a preface of 8 bytes from either side (magic and version). Frames follow: a length as
 uint32, big-endian, and that many bytes of msgpack: `[type, seq, field, ...]`. A reply carries its request's
 `seq`. Batches travel as packed columns, never as a list of objects.
+
+The first frames are a hello, a challenge, a proof and the hello's reply, which proves the server in turn:
+before that no address, ticket, key or byte of a block leaves either side.
 """
 
 from __future__ import annotations
@@ -19,10 +22,13 @@ from kvrdma.errors import ProtocolError
 from kvrdma.keys import KEY_NBYTES
 from kvrdma.layout import Int64s
 
-VERSION: Final = 1
+VERSION: Final = 2
 MAX_FRAME: Final = 16 << 20
 MAX_CONTAINERS: Final = 1 << 16  # lists and maps in one message
 MAX_DEPTH: Final = 8
+MAX_GREETING_FRAME: Final = 4 << 10  # before the proof
+PURPOSE: Final = b"pool control"  # of the proofs
+STREAMS: Final = b"pool streams"  # of the secret that is derived for the data streams
 _MAGIC: Final = b"kvrdma"
 _PREFACE = struct.Struct(">6sH")
 _LENGTH = struct.Struct(">I")
@@ -46,17 +52,36 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Hello(Message):
-    """The client's first message: who it is, for logs."""
+    """The client's first message: who it is, for logs, and its nonce."""
 
     TYPE: ClassVar[int] = 1
     client: str
+    nonce: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Challenge(Message):
+    """The server's nonce, and whether it has a token (1) or serves whoever can reach it (0)."""
+
+    TYPE: ClassVar[int] = 18
+    nonce: bytes
+    has_token: int
+
+
+@dataclass(frozen=True, slots=True)
+class Proof(Message):
+    """The client's proof that it knows the token."""
+
+    TYPE: ClassVar[int] = 19
+    proof: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class HelloReply(Message):
-    """The server's answer: a ticket for the data streams, and [scheme, contact address] of each transport."""
+    """The server's own proof, a ticket for the data streams, and [scheme, contact address] of each transport."""
 
     TYPE: ClassVar[int] = 2
+    proof: bytes
     server: str
     ticket: bytes
     offers: list[Any]
@@ -287,10 +312,15 @@ class FrameDecoder:
     """Bytes in, messages out. After a `ProtocolError` the connection is not to be used again."""
 
     def __init__(self, *, peer: str, max_frame: int = MAX_FRAME) -> None:
+        self.max_frame = max_frame
         self._peer = peer
-        self._max_frame = max_frame
         self._buffer = bytearray()
         self._greeted = False
+
+    @property
+    def partial(self) -> bool:
+        """Whether a frame has begun that is not whole yet."""
+        return bool(self._buffer)
 
     def feed(self, data: bytes | memoryview) -> Iterator[Message]:
         """Take bytes as they came; give every message that is whole."""
@@ -307,8 +337,8 @@ class FrameDecoder:
             self._greeted = True
         while len(buffer) >= _LENGTH.size:
             (length,) = _LENGTH.unpack_from(buffer)
-            if length > self._max_frame:
-                raise ProtocolError(f"{self._peer}: a frame of {length} bytes; {self._max_frame} are allowed")
+            if length > self.max_frame:
+                raise ProtocolError(f"{self._peer}: a frame of {length} bytes; {self.max_frame} are allowed")
             if len(buffer) < _LENGTH.size + length:
                 return
             body = bytes(buffer[_LENGTH.size : _LENGTH.size + length])

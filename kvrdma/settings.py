@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from decimal import Decimal
+from pathlib import Path
 from typing import Any, Final, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
 from kvrdma.errors import ConfigError
 
 ENV_PREFIX: Final = "KVRDMA_"
+TOKEN_VARIABLE: Final = "KVRDMA_TOKEN"  # noqa: S105 - the name of a variable
+MIN_TOKEN_NBYTES: Final = 16
+MAX_TOKEN_NBYTES: Final = 4096
 _UNITS: Final = {
     "": 1,
     **{unit: 1000 ** (i + 1) for i, unit in enumerate("kmgt")},
@@ -148,6 +153,7 @@ class Settings:
     namespace: str = option("", parse_text, "keeps caches apart that would otherwise share")
     weights_version: str = option("", parse_text, "names the weights where they are not files")
     fingerprint: str = option("sampled", one_of("sampled", "full"), "how the weights' content is read: sampled or full")
+    token_file: str = option("", parse_text, "file with the pool's token; without it KVRDMA_TOKEN is taken, if set")
     transports: tuple[str, ...] = option((), parse_names, "order of transports; others are never used")
     streams: int = option(1, parse_count, "connections a peer for the tcp transport")
     budget_dir: str = option("", not_built, "where the host's NIC budget lies (planned)")
@@ -172,9 +178,38 @@ class Settings:
         given = {
             name.removeprefix(ENV_PREFIX).lower(): value
             for name, value in environ.items()
-            if name.startswith(ENV_PREFIX)
+            if name.startswith(ENV_PREFIX) and name != TOKEN_VARIABLE
         }
         return cls.read(given, where=f"environment ({ENV_PREFIX}*)")
+
+
+def find_token(file: str, environ: Mapping[str, str] | None = None) -> bytes | None:
+    """The pool's token: the content of a file, else `KVRDMA_TOKEN` of the environment, else None.
+
+    White space around it does not count. No message ever has a part of it.
+
+    Raises:
+        ConfigError: the file cannot be read, or a token that is too short to be a secret.
+    """
+    if file:
+        where = f"token_file {file}"
+        try:
+            with Path(file).open("rb") as opened:
+                token = opened.read(MAX_TOKEN_NBYTES + 2).strip()
+        except OSError as error:
+            raise ConfigError(f"{where}: cannot be read: {error.strerror or error}") from None
+    else:
+        where = f"environment: {TOKEN_VARIABLE}"
+        text = (os.environ if environ is None else environ).get(TOKEN_VARIABLE)
+        if text is None:
+            return None
+        token = os.fsencode(text).strip()
+    if not MIN_TOKEN_NBYTES <= len(token) <= MAX_TOKEN_NBYTES:
+        raise ConfigError(
+            f"{where}: holds {len(token)} bytes; a token has {MIN_TOKEN_NBYTES} to {MAX_TOKEN_NBYTES}, such as "
+            "the output of: openssl rand -hex 32"
+        )
+    return token
 
 
 @dataclass(frozen=True, slots=True)

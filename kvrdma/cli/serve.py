@@ -11,22 +11,34 @@ import typer
 
 from kvrdma.errors import ConfigError
 from kvrdma.server import PoolServer, ServerSettings
-from kvrdma.settings import parse_names, parse_size
+from kvrdma.settings import find_token, parse_names, parse_size
 
 
 def serve(
-    host: Annotated[str, typer.Option(help="Address to bind; loopback only for now.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address to bind; any but loopback needs a token.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 picks a free one.")] = 7700,
     capacity: Annotated[str, typer.Option(help="Memory for blocks, such as 64GiB.")] = "1GiB",
     policy: Annotated[str, typer.Option(help="Eviction policy.")] = "lru",
     transports: Annotated[str, typer.Option(help="Transports to offer, such as tcp.")] = "tcp",
+    token_file: Annotated[str, typer.Option(help="File with the token that clients prove; else KVRDMA_TOKEN.")] = "",
+    data_port: Annotated[int, typer.Option(help="Port for the bytes; 0 picks a free one.")] = 0,
+    max_clients: Annotated[int, typer.Option(help="Clients that are let in at most.")] = 1024,
 ) -> None:
     """Hold blocks for engines, in memory that they read and write through a transport."""
     try:
         nbytes = parse_size(capacity)
     except ValueError as error:
         raise ConfigError(f"--capacity {capacity!r}: must be {error}") from None
-    settings = ServerSettings(host=host, port=port, capacity=nbytes, policy=policy, transports=parse_names(transports))
+    settings = ServerSettings(
+        host=host,
+        port=port,
+        capacity=nbytes,
+        policy=policy,
+        transports=parse_names(transports),
+        token=find_token(token_file),
+        data_port=data_port,
+        max_clients=max_clients,
+    )
     asyncio.run(_serve(PoolServer(settings)))
 
 

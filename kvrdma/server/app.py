@@ -9,25 +9,24 @@ import logging
 import secrets
 import socket
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from kvrdma import protocol
 from kvrdma.backends.blockstore import BlockStore, check_capacity
-from kvrdma.errors import ConfigError, ProtocolError, TransportError
+from kvrdma.errors import AuthenticationError, ConfigError, ProtocolError, TransportError
 from kvrdma.policies import policies
-from kvrdma.protocol import FrameDecoder, Hello, Message, StatsRequest
+from kvrdma.protocol import StatsRequest
+from kvrdma.server.connection import CHUNK_NBYTES, Connection
 from kvrdma.server.session import ClientSession, Slabs
+from kvrdma.settings import TOKEN_VARIABLE
 from kvrdma.transports import Endpoint, Listener, Rights, Transport, check_order, transports
 
 logger = logging.getLogger(__name__)
 
 HELLO_TIMEOUT_S: Final = 5.0
-MAX_CLIENTS: Final = 1024
-_CHUNK: Final = 1 << 16
+MAX_STRANGERS: Final = 256  # connections that have not proved themselves yet
 _DRAIN_S: Final = 5.0
-_MAX_UNSENT: Final = 64 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,16 +42,26 @@ class ServerSettings:
     capacity: int = 1 << 30
     policy: str = "lru"
     transports: tuple[str, ...] = ("tcp",)
+    token: bytes | None = field(default=None, repr=False)
+    data_port: int = 0
+    max_clients: int = 1024
     lease_s: float = 30.0
 
     def __post_init__(self) -> None:
         check_capacity(self.capacity)
-        if not 0 <= self.port <= 65535:
-            raise ConfigError(f"port: must lie in 0..65535, not {self.port}")
-        if not is_loopback(self.host):
+        for name in ("port", "data_port"):
+            if not 0 <= getattr(self, name) <= 65535:
+                raise ConfigError(f"{name}: must lie in 0..65535, not {getattr(self, name)}")
+        if self.data_port and (self.data_port == self.port or len(self.transports) > 1):
+            raise ConfigError(f"data_port: {self.data_port} cannot serve several listeners; 0 picks free ports")
+        if self.max_clients < 1:
+            raise ConfigError(f"max_clients: must be at least 1, not {self.max_clients}")
+        if not self.lease_s > 0:
+            raise ConfigError(f"lease_s: must be above 0, not {self.lease_s}")
+        if self.token is None and not is_loopback(self.host):
             raise ConfigError(
-                f"host {self.host!r}: only loopback addresses can be bound; any other needs the "
-                "authentication that is planned but not built yet"
+                f"host {self.host!r}: without a token only loopback addresses are bound, such as 127.0.0.1; "
+                f"give a token by --token-file or {TOKEN_VARIABLE}"
             )
         if not self.transports:
             raise ConfigError("transports: at least one is needed, such as tcp")
@@ -94,7 +103,7 @@ class PoolServer:
             for scheme in self.settings.transports:
                 self._open_transport(scheme, loop)
             self._server = await asyncio.start_server(
-                self._on_client, self.settings.host, self.settings.port, limit=_CHUNK
+                self._on_client, self.settings.host, self.settings.port, limit=CHUNK_NBYTES
             )
         except OSError as error:
             await self.stop()
@@ -152,13 +161,19 @@ class PoolServer:
             slabs.regions[id(memory)] = region
             slabs.exports[id(memory)] = transport.export(region, Rights.READ)
         self._slabs[scheme] = slabs
-        listener = transport.listen(f"{self.settings.host}:0")
+        host = f"[{self.settings.host}]" if ":" in self.settings.host else self.settings.host
+        listener = transport.listen(f"{host}:{self.settings.data_port}", secret_of=self._secret_of)
 
         def on_endpoint(endpoint: Endpoint) -> None:
             loop.call_soon_threadsafe(self._on_endpoint, endpoint)
 
         listener.on_endpoint(on_endpoint)
         self._listeners.append(listener)
+
+    def _secret_of(self, ticket: bytes) -> bytes | None:
+        """On a transport's thread."""
+        session = self._sessions.get(ticket)
+        return None if session is None else session.stream_secret
 
     def _on_endpoint(self, endpoint: Endpoint) -> None:
         session = self._sessions.get(endpoint.ticket)
@@ -174,41 +189,29 @@ class PoolServer:
         task = asyncio.current_task()
         assert task is not None
         self._clients.add(task)
-        host, port = writer.get_extra_info("peername")[:2]
-        peer = f"{host}:{port}"
+        connection = Connection(reader, writer)
         session: ClientSession | None = None
         try:
-            if self._draining or len(self._clients) > MAX_CLIENTS:
+            if self._draining or len(self._clients) - len(self._sessions) > MAX_STRANGERS:
+                self._store.counts["refused_clients"] += 1
                 return
-            writer.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            writer.write(protocol.preface())
-            decoder = FrameDecoder(peer=peer)
-
-            def send(message: Message) -> None:
-                if writer.transport.get_write_buffer_size() > _MAX_UNSENT:
-                    writer.transport.abort()
-                else:
-                    writer.write(protocol.encode(message))
-
-            session = await asyncio.wait_for(self._greet(reader, decoder, send, peer), HELLO_TIMEOUT_S)
-            await self._converse(reader, decoder, send, session)
+            session = await asyncio.wait_for(self._greet(connection), HELLO_TIMEOUT_S)
+            if session is not None:
+                await self._converse(connection, session)
+        except AuthenticationError as error:
+            logger.warning("%s: %s", connection.peer, error)
         except ProtocolError as error:
-            logger.warning("%s: %s", peer, error)
+            logger.warning("%s: %s", connection.peer, error)
             self._store.counts["protocol_errors"] += 1
-            if not writer.is_closing():
-                writer.write(protocol.encode(protocol.Goodbye(0, str(error))))
+            connection.send(protocol.Goodbye(0, str(error)))
         except (TimeoutError, ConnectionError, EOFError) as error:
-            logger.debug("%s: %s", peer, error or type(error).__name__)
+            logger.debug("%s: %s", connection.peer, error or type(error).__name__)
         except asyncio.CancelledError:
-            if not writer.is_closing():
-                writer.write(protocol.encode(protocol.Goodbye(0, "the server is shutting down")))
+            connection.send(protocol.Goodbye(0, "the server is shutting down"))
         finally:
             if session is not None:
                 await self._end(session)
-            writer.close()
-            with contextlib.suppress(ConnectionError, TimeoutError, asyncio.CancelledError):
-                await asyncio.wait_for(writer.wait_closed(), 1.0)
-            writer.transport.abort()  # of a client that reads nothing: `Server.wait_closed` would wait for it
+            await connection.close()
             self._clients.discard(task)
 
     async def _end(self, session: ClientSession) -> None:
@@ -220,57 +223,44 @@ class PoolServer:
                 await asyncio.shield(ending)
         ending.result()
 
-    async def _greet(
-        self,
-        reader: asyncio.StreamReader,
-        decoder: FrameDecoder,
-        send: Callable[[Message], None],
-        peer: str,
-    ) -> ClientSession:
-        """Read a client's hello, and make its session with a ticket for its data connection."""
-        while True:
-            data = await reader.read(_CHUNK)
-            if not data:
-                raise EOFError("left before its hello")
-            messages = list(decoder.feed(data))
-            if not messages:
-                continue
-            hello = messages[0]
-            if not isinstance(hello, Hello) or len(messages) > 1:
-                raise ProtocolError("a hello, and nothing else, must come first")
-            session = ClientSession(
-                peer,
-                secrets.token_bytes(16),
-                self._store,
-                self._slabs.__getitem__,
-                send,
-                lease_s=self.settings.lease_s,
-            )
-            session.name = f"{hello.client[:128]} ({peer})"
-            self._sessions[session.ticket] = session
-            offers: list[Any] = [
-                [scheme, listener.contact_address]
-                for scheme, listener in zip(self.settings.transports, self._listeners, strict=True)
-            ]
-            name = f"{socket.gethostname()}:{self.settings.port}"
-            send(protocol.HelloReply(hello.seq, name, session.ticket, offers))
-            return session
+    async def _greet(self, connection: Connection) -> ClientSession | None:
+        """Let a client in that proves itself: its session, with a ticket and a secret for its data streams."""
 
-    async def _converse(
-        self,
-        reader: asyncio.StreamReader,
-        decoder: FrameDecoder,
-        send: Callable[[Message], None],
-        session: ClientSession,
-    ) -> None:
-        while data := await reader.read(_CHUNK):
-            for message in decoder.feed(data):
-                if isinstance(message, protocol.Goodbye):
-                    return
-                if isinstance(message, StatsRequest):
-                    send(protocol.StatsReply(message.seq, self.stats()))
-                else:
-                    session.handle(message)
+        def refused() -> None:
+            self._store.counts["refused_proofs"] += 1
+
+        hello, proved = await connection.authenticate(self.settings.token, on_refused=refused)
+        if len(self._sessions) >= self.settings.max_clients:
+            self._store.counts["refused_clients"] += 1
+            connection.send(protocol.Goodbye(0, f"{self.settings.max_clients} clients are here: no more are let in"))
+            return None
+        session = ClientSession(
+            connection.peer,
+            secrets.token_bytes(16),
+            self._store,
+            self._slabs.__getitem__,
+            connection.send,
+            stream_secret=proved.stream_secret,
+            lease_s=self.settings.lease_s,
+        )
+        printable = "".join(c if c.isprintable() else "?" for c in hello.client[:128])
+        session.name = f"{printable} ({connection.peer})"
+        self._sessions[session.ticket] = session
+        offers = [
+            [scheme, listener.contact_address]
+            for scheme, listener in zip(self.settings.transports, self._listeners, strict=True)
+        ]
+        connection.send(proved.reply(f"{socket.gethostname()}:{self.settings.port}", session.ticket, offers))
+        return session
+
+    async def _converse(self, connection: Connection, session: ClientSession) -> None:
+        async for message in connection.messages():
+            if isinstance(message, protocol.Goodbye):
+                return
+            if isinstance(message, StatsRequest):
+                connection.send(protocol.StatsReply(message.seq, self.stats()))
+            else:
+                session.handle(message)
 
 
 def is_loopback(host: str) -> bool:

@@ -28,6 +28,7 @@ MAX_LEASES: Final = 1024
 MAX_KEYSPACES: Final = 64
 MAX_KEYSPACE_NBYTES: Final = 16 << 10
 MAX_SHARDS: Final = 1024
+MAX_PUTS: Final = 1024
 MAX_PUT_S: Final = 120.0
 ATTACH_TIMEOUT_S: Final = 5.0
 
@@ -70,9 +71,11 @@ class ClientSession:
         send: Callable[[Message], None],
         *,
         lease_s: float,
+        stream_secret: bytes = b"",
     ) -> None:
         self.peer = peer
         self.ticket = ticket
+        self.stream_secret = stream_secret
         self.name = peer
         self._store = store
         self._slabs = slabs
@@ -220,8 +223,10 @@ class ClientSession:
         self._check_keyspace(message.keyspace)
         return protocol.DeleteReply(message.seq, self._store.delete(set(read_keys(message.keys))))
 
-    def _begin_put(self, message: protocol.PutRequest) -> None:
+    def _begin_put(self, message: protocol.PutRequest) -> Message | None:
         self._check_keyspace(message.keyspace)
+        if len(self._puts) >= MAX_PUTS:
+            return protocol.ErrorReply(message.seq, f"a connection has at most {MAX_PUTS} puts under way")
         names = read_names(message.keys, message.shard)
         spans = protocol.unpack_columns(message.spans, 4, what="put: spans")
         checksums = np.frombuffer(message.checksums, dtype="<u8") if len(message.checksums) % 8 == 0 else None
@@ -247,6 +252,7 @@ class ClientSession:
         task = asyncio.get_running_loop().create_task(self._put(put))
         self._puts.add(task)
         task.add_done_callback(self._puts.discard)
+        return None
 
     async def _put(self, put: _Put) -> None:
         """Reserve, read from the client, verify, commit: a block is there only once all of that is done."""

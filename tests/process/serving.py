@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvrdma import protocol
+from kvrdma.auth import PROOF_NBYTES, Role, derive_secret, make_nonce, prove
 from kvrdma.backends import GetTransfer, PutTransfer
 from kvrdma.backends.pool import PoolBackend
 from kvrdma.errors import KVRDMAError
@@ -23,7 +24,8 @@ from kvrdma.keys import KeySpace, block_keys, pack_keys
 from kvrdma.layout import Shard, checksum
 from kvrdma.memory import PinnedPool
 from kvrdma.settings import Settings, Url
-from kvrdma.transports import RemoteRegion
+from kvrdma.transports import Endpoint, RemoteRegion, Transport
+from kvrdma.transports.tcp import wire
 
 SPACE = KeySpace(
     model="m",
@@ -111,7 +113,10 @@ class Program:
 class Server(Program):
     """`kvrdma serve`, listening."""
 
-    def __init__(self, *, port: int = 0, capacity: str = "64MiB", arguments: Sequence[str] = ()) -> None:
+    def __init__(
+        self, *, port: int = 0, capacity: str = "64MiB", arguments: Sequence[str] = (), token_file: str = ""
+    ) -> None:
+        self.token_file = token_file
         super().__init__(*(arguments or ("-m", "kvrdma", "serve", "--port", str(port), "--capacity", capacity)))
         try:
             self.port = int(self.says("listening on ").rsplit(":", 1)[1])
@@ -125,7 +130,7 @@ class Server(Program):
 
     def stats(self) -> dict[str, Any]:
         """Ask on a connection of its own."""
-        with PoolBackend(Url.parse(self.url), Settings()) as backend:
+        with PoolBackend(Url.parse(self.url), Settings(token_file=self.token_file)) as backend:
             return backend.stats(timeout=PATIENCE_S)
 
 
@@ -209,8 +214,32 @@ class RawClient:
         self._messages: list[protocol.Message] = []
         self._numbers = iter(range(1, 1 << 30))
         if hello:
-            self.sock.sendall(protocol.preface())
-            self.hello = self.call(protocol.Hello(next(self._numbers), "by hand"), protocol.HelloReply)
+            self.greet()
+
+    def greet(self, token: bytes = b"") -> None:
+        """Open the conversation as a client does that knows the token."""
+        nonce = make_nonce()
+        self.sock.sendall(protocol.preface())
+        challenge = self.call(protocol.Hello(self.number(), "by hand", nonce), protocol.Challenge)
+        said = (nonce, challenge.nonce)
+        proof = prove(token, Role.CLIENT, protocol.PURPOSE, *said)
+        self.hello = self.call(protocol.Proof(self.number(), proof), protocol.HelloReply)
+        self.stream_secret = derive_secret(token, protocol.STREAMS, *said)
+
+    def connect_data(self, transport: Transport, **how: Any) -> Endpoint:
+        """Open the data connection through a transport."""
+        given = {"ticket": self.hello.ticket, "secret": self.stream_secret, **how}
+        return transport.connect(self.data_address, timeout=PATIENCE_S, **given)
+
+    def join_data(self, sock: socket.socket) -> None:
+        """Open the data connection by hand, on a socket that is not connected yet."""
+        host, port = self.data_address.rsplit(":", 1)
+        sock.connect((host, int(port)))
+        greeting = wire.Greeting(bytes(16), 0, 1, self.hello.ticket)
+        sock.sendall(greeting.encode())
+        challenge = wire.decode_challenge(sock.recv(wire.CHALLENGE_NBYTES, socket.MSG_WAITALL))
+        sock.sendall(greeting.prove(Role.CLIENT, self.stream_secret, challenge))
+        sock.recv(PROOF_NBYTES, socket.MSG_WAITALL)
 
     def send(self, message: protocol.Message) -> None:
         self.sock.sendall(protocol.encode(message))

@@ -33,7 +33,7 @@ from serving import (
 
 from kvrdma import protocol
 from kvrdma.backends import GetStatus, PutStatus, open_backend
-from kvrdma.errors import ConfigError, KVRDMAError, ProtocolError
+from kvrdma.errors import ConfigError, KVRDMAError, ProtocolError, TransportError
 from kvrdma.memory import Memory
 from kvrdma.server import PoolServer, ServerSettings
 from kvrdma.settings import Settings
@@ -62,7 +62,7 @@ asyncio.run(_serve(PoolServer(ServerSettings(port=0, capacity=16 << 20, lease_s=
 def data_connection(raw: RawClient) -> Iterator[TcpTransport]:
     """The data connection of a client by hand."""
     with TcpTransport() as transport:
-        transport.connect(raw.data_address, timeout=PATIENCE_S, ticket=raw.hello.ticket)
+        raw.connect_data(transport)
         yield transport
 
 
@@ -262,7 +262,7 @@ def test_sigterm_lets_a_put_under_way_end(server: Server) -> None:
         eventually(lambda: reserved(server) == 4)  # it waits for this client's data connection
         server.signal(signal.SIGTERM)
         eventually(lambda: not listens(server.port))
-        transport.connect(raw.data_address, timeout=PATIENCE_S, ticket=raw.hello.ticket)
+        raw.connect_data(transport)
         reply = raw.receive()
         assert isinstance(reply, protocol.PutReply)
         assert list(reply.status) == [PutStatus.STORED] * 4
@@ -315,10 +315,7 @@ def test_a_stop_in_the_middle_of_a_sessions_end_waits_for_it() -> None:
 
             def begin_a_put_that_stalls() -> RawClient:
                 raw = RawClient(server.address[1])
-                host, port = raw.data_address.rsplit(":", 1)
-                data.connect((host, int(port)))
-                data.sendall(wire.Greeting(bytes(16), 0, 1, raw.hello.ticket).encode())
-                data.recv(wire.ANSWER_NBYTES)  # and its READs are never answered
+                raw.join_data(data)  # and its READs are never answered
                 raw.send(put_request(raw, raw.open(), A_PUT, NOWHERE))
                 return raw
 
@@ -359,7 +356,7 @@ HOLDS_LEASE_AND_PUT = (
     + """
 port = int(sys.argv[1])
 with RawClient(port) as reader, RawClient(port) as writer, TcpTransport() as transport:
-    transport.connect(reader.data_address, timeout=30, ticket=reader.hello.ticket)
+    reader.connect_data(transport)
     reader.call(get_request(reader, reader.open(), 8), protocol.GetReply)
     nowhere = RemoteRegion("tcp", 1 << 20, bytes(20))
     writer.send(put_request(writer, writer.open(SPACE), np.zeros((12, 4096), dtype=np.uint8), nowhere))
@@ -441,10 +438,7 @@ def test_a_client_that_goes_in_the_middle_of_a_read_leaves_nothing(server: Serve
 def reads_without_end(raw: RawClient, data: socket.socket) -> None:
     """Lease a block and ask for it many times over, on a data connection that is never read."""
     data.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    host, port = raw.data_address.rsplit(":", 1)
-    data.connect((host, int(port)))
-    data.sendall(wire.Greeting(bytes(16), 0, 1, raw.hello.ticket).encode())
-    data.recv(wire.ANSWER_NBYTES, socket.MSG_WAITALL)
+    raw.join_data(data)
     reply = raw.call(get_request(raw, raw.open(), 1), protocol.GetReply)
     offsets = protocol.unpack_columns(reply.columns, 4, what="reply")[1].repeat(256)
     sizes, rows = np.full(256, 64 << 10, dtype=np.int64), np.zeros(256, dtype=np.int64)
@@ -499,15 +493,16 @@ def test_a_get_may_come_before_the_data_connection_is_known(server: Server, clie
 
 def test_a_ticket_that_is_not_the_servers_gets_no_data_connection(server: Server, client: Client) -> None:
     with RawClient(server.port) as raw, TcpTransport() as transport:
-        endpoint = transport.connect(raw.data_address, timeout=PATIENCE_S, ticket=b"not a ticket")
-        eventually(endpoint.closed)
+        for wrong in ({"ticket": b"not a ticket"}, {"secret": bytes(32)}, {"secret": b""}):
+            with pytest.raises(TransportError):
+                raw.connect_data(transport, **wrong)
     assert client.put().result().all()
 
 
 def test_a_second_data_connection_with_one_ticket_is_turned_away(server: Server, client: Client) -> None:
     assert client.put().result().all()
     with RawClient(server.port) as raw, data_connection(raw) as transport:
-        second = transport.connect(raw.data_address, timeout=PATIENCE_S, ticket=raw.hello.ticket)
+        second = raw.connect_data(transport)
         eventually(second.closed)
         raw.call(get_request(raw, raw.open(), 8), protocol.GetReply)
 
@@ -553,7 +548,7 @@ def test_garbage_on_the_data_port(server: Server, client: Client, seed: int) -> 
 
 
 def test_half_a_hello(server: Server, client: Client) -> None:
-    whole = protocol.preface() + protocol.encode(protocol.Hello(1, "half"))
+    whole = protocol.preface() + protocol.encode(protocol.Hello(1, "half", bytes(16)))
     for n in range(0, len(whole), 5):
         with RawClient(server.port, hello=False) as raw:
             raw.sock.sendall(whole[:n])
@@ -562,7 +557,7 @@ def test_half_a_hello(server: Server, client: Client) -> None:
 
 
 MISFITS = {
-    "another message first": lambda raw, keyspace: protocol.Hello(raw.number(), "again"),
+    "another message first": lambda raw, keyspace: protocol.Hello(raw.number(), "again", bytes(16)),
     "a reply": lambda raw, keyspace: protocol.PutReply(raw.number(), b""),
     "a key space that it did not open": lambda raw, keyspace: lookup_request(raw, keyspace + 1, 1),
     "keys that are not whole": lambda raw, keyspace: replace(lookup_request(raw, keyspace, 2), keys=bytes(17)),
@@ -635,7 +630,7 @@ def test_one_name_put_with_two_sizes_at_once_is_stored_once(server: Server) -> N
         raw.send(put_request(raw, keyspace, small, region))
         raw.send(put_request(raw, keyspace, large, region))
         eventually(lambda: server.stats()["put_blocks"] == 8)  # both wait for the data connection
-        transport.connect(raw.data_address, timeout=PATIENCE_S, ticket=raw.hello.ticket)
+        raw.connect_data(transport)
         replies = [raw.receive() for _ in range(2)]
         statuses = sorted(status for reply in replies for status in reply.status)
         assert statuses == [PutStatus.STORED] * 4 + [PutStatus.DECLINED] * 4

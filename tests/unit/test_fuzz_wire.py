@@ -27,6 +27,12 @@ def test_greetings(fuzzing: Fuzzing) -> None:
         raw = draw.mutated(greeting.encode())[: wire.GREETING_NBYTES].ljust(wire.GREETING_NBYTES, b"\0")
         with suppress(ProtocolError):
             assert len(Greeting.decode(raw).encode()) == wire.GREETING_NBYTES
+        challenge = wire.encode_challenge(draw.randbytes(16))
+        raw = draw.mutated(challenge)[: wire.CHALLENGE_NBYTES].ljust(wire.CHALLENGE_NBYTES, b"\0")
+        try:
+            assert wire.encode_challenge(wire.decode_challenge(raw)) == raw
+        except ProtocolError:
+            assert raw != challenge
 
 
 def test_headers_and_bodies(fuzzing: Fuzzing) -> None:

@@ -43,8 +43,8 @@ def feed(decoder: FrameDecoder, *chunks: bytes) -> list[Message]:
 
 
 def test_every_message_has_a_number_of_its_own() -> None:
-    assert len(MESSAGES) == 17
-    assert sorted(cls.TYPE for cls in MESSAGES) == list(range(1, 18))
+    assert len(MESSAGES) == 19
+    assert sorted(cls.TYPE for cls in MESSAGES) == list(range(1, 20))
 
 
 def test_a_number_cannot_be_taken_twice() -> None:
@@ -70,7 +70,7 @@ def test_bytes_may_come_in_any_portions(sent: list[Message], data: st.DataObject
 
 
 def test_byte_by_byte() -> None:
-    sent = [protocol.Hello(1, "me"), protocol.StatsRequest(2), protocol.Goodbye(0, "bye")]
+    sent = [protocol.Hello(1, "me", b"n" * 16), protocol.StatsRequest(2), protocol.Goodbye(0, "bye")]
     raw = preface() + b"".join(map(encode, sent))
     assert feed(FrameDecoder(peer="peer"), *(raw[i : i + 1] for i in range(len(raw)))) == sent
 
@@ -112,7 +112,7 @@ def test_random_bytes_raise_only_protocol_errors(seed: int) -> None:
     """1,000 inputs a seed: noise, and messages in which some bytes were changed."""
     rng = random.Random(seed)
     good = [
-        encode(protocol.Hello(1, "me")),
+        encode(protocol.Hello(1, "me", b"n" * 16)),
         encode(protocol.OpenKeySpace(2, {"model": "m", "layers": 3}, bytes(32))),
         encode(protocol.LookupRequest(3, 0, bytes(48), [bytes(10), bytes(10)])),
         encode(protocol.GetReply(4, 1, 30_000, b"\1\0", [["tcp", 4096, bytes(20)]], bytes(32), bytes(8))),

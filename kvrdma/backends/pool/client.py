@@ -33,7 +33,7 @@ from kvrdma.errors import BackendError, ClosedError, KVRDMAError, ProtocolError,
 from kvrdma.keys import KeyBatch, KeySpace
 from kvrdma.layout import Checksums, Int64s, Shard
 from kvrdma.memory import Lease, Memory, Spans
-from kvrdma.settings import Settings, Url, option, parse_count, parse_names
+from kvrdma.settings import Settings, Url, find_token, option, parse_count, parse_names, parse_text
 from kvrdma.transports import (
     Endpoint,
     MemoryRegion,
@@ -62,6 +62,7 @@ class PoolOptions:
 
     transports: tuple[str, ...] = option((), parse_names, "order of transports; others are never used")
     streams: int = option(0, parse_count, "connections a peer for the tcp transport")
+    token_file: str = option("", parse_text, "file with the pool's token")
 
 
 class PoolBackend(StorageBackend):
@@ -72,6 +73,7 @@ class PoolBackend(StorageBackend):
         self._host, self._port = url.one_host(default_port=DEFAULT_PORT)
         self._order = options.transports or settings.transports
         self._streams = options.streams or settings.streams
+        self._token = find_token(options.token_file or settings.token_file)
         self._connect_timeout = settings.connect_timeout
         self._guard = threading.Lock()
         self._session_guard = threading.Lock()
@@ -196,22 +198,25 @@ class PoolBackend(StorageBackend):
                     self._host,
                     self._port,
                     name=f"{socket.gethostname()}:{os.getpid()}",
+                    token=self._token,
                     timeout=min(deadline.left(), self._connect_timeout),
                 )
             return self._session
 
-    def _connect_data(self, hello: protocol.HelloReply, timeout: float) -> Endpoint:
+    def _connect_data(self, session: Session, timeout: float) -> Endpoint:
         """Connect by the best transport that works: the hook of negotiation and its fallback."""
         offers = []
-        for offer in hello.offers:
+        for offer in session.hello.offers:
             if not isinstance(offer, list) or len(offer) != 2 or not all(isinstance(x, str) for x in offer):
                 raise ProtocolError("pool server: an offer must be [scheme, address]")
-            offers.append((offer[0], offer[1]))
+            offers.append((offer[0], with_host(offer[1], self._host)))
         failures = []
         for cls, address in negotiate(offers, self._order):
             try:
                 transport = self._transport(cls)
-                return transport.connect(address, timeout=timeout, ticket=hello.ticket)
+                return transport.connect(
+                    address, timeout=timeout, ticket=session.hello.ticket, secret=session.stream_secret
+                )
             except KVRDMAError as error:
                 logger.warning("transport %s to %s failed: %s", cls.scheme, address, error)
                 failures.append(str(error))
@@ -361,6 +366,15 @@ class PoolBackend(StorageBackend):
             raise
         transfer.status[:] = status
         transfer.conclude()
+
+
+def with_host(address: str, host: str) -> str:
+    """A contact address; where a server that listens everywhere names no host, the one it was reached by."""
+    for everywhere in ("0.0.0.0:", "[::]:"):
+        if address.startswith(everywhere):
+            port = address.removeprefix(everywhere)
+            return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return address
 
 
 def read_get_reply(reply: protocol.GetReply, target: Spans) -> tuple[np.ndarray, Int64s, Checksums, list[RemoteRegion]]:

@@ -14,7 +14,9 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Final, TypeVar
 
 from kvrdma import protocol
+from kvrdma.auth import Role, check_proof, derive_secret, make_nonce, prove
 from kvrdma.errors import (
+    AuthenticationError,
     BackendError,
     ClosedError,
     DeadlineError,
@@ -23,7 +25,19 @@ from kvrdma.errors import (
     TransportError,
 )
 from kvrdma.keys import KeySpace
-from kvrdma.protocol import ErrorReply, FrameDecoder, Goodbye, Hello, HelloReply, Message
+from kvrdma.protocol import (
+    PURPOSE,
+    STREAMS,
+    Challenge,
+    ErrorReply,
+    FrameDecoder,
+    Goodbye,
+    Hello,
+    HelloReply,
+    Message,
+    Proof,
+)
+from kvrdma.settings import TOKEN_VARIABLE
 from kvrdma.transports import Endpoint
 
 logger = logging.getLogger(__name__)
@@ -39,9 +53,10 @@ class Session:
     Raises:
         TransportError, DeadlineError: the server cannot be reached.
         ProtocolError: it is none, or speaks another version.
+        AuthenticationError: it has another token, or only one of both sides has any.
     """
 
-    def __init__(self, host: str, port: int, *, name: str, timeout: float) -> None:
+    def __init__(self, host: str, port: int, *, name: str, token: bytes | None, timeout: float) -> None:
         self.peer = f"{host}:{port}"
         self._guard = threading.Lock()
         self._send_guard = threading.Lock()
@@ -66,13 +81,37 @@ class Session:
             self._sock.sendall(protocol.preface())
             self._sock.settimeout(None)
             self._reader.start()
-            self.hello = self.call(lambda seq: Hello(seq, name), HelloReply, timeout=timeout)
+            self._greet(name, token, Deadline(timeout))
         except KVRDMAError:  # first: a DeadlineError is an OSError too
             self.close()
             raise
         except OSError as error:
             self.close()
             raise TransportError(f"pool server {self.peer}: {error.strerror or error}") from error
+
+    def _greet(self, name: str, token: bytes | None, deadline: Deadline) -> None:
+        """Prove that we know the token, and see to it that the server does."""
+        nonce = make_nonce()
+        challenge = self.call(lambda seq: Hello(seq, name, nonce), Challenge, timeout=deadline.left())
+        if challenge.has_token and token is None:
+            raise AuthenticationError(
+                f"pool server {self.peer}: it wants a token; give its file as token_file, or the token in "
+                f"{TOKEN_VARIABLE}"
+            )
+        if token is not None and not challenge.has_token:
+            raise AuthenticationError(
+                f"pool server {self.peer}: it has no token, and this client was given one; start it with "
+                "--token-file, or take the token from this client"
+            )
+        secret, said = token or b"", (nonce, challenge.nonce)
+        proof = prove(secret, Role.CLIENT, PURPOSE, *said)
+        try:
+            self.hello = self.call(lambda seq: Proof(seq, proof), HelloReply, timeout=deadline.left())
+        except BackendError as error:
+            raise AuthenticationError(str(error)) from None
+        if not check_proof(self.hello.proof, secret, Role.SERVER, PURPOSE, *said):
+            raise AuthenticationError(f"pool server {self.peer}: it does not know the token")
+        self.stream_secret = derive_secret(secret, STREAMS, *said)
 
     @property
     def broken(self) -> bool:
@@ -155,11 +194,11 @@ class Session:
             self._keyspaces[digest] = answer.keyspace
         return self._keyspaces[digest]
 
-    def endpoint(self, connect: Callable[[HelloReply, float], Endpoint], *, timeout: float) -> Endpoint:
+    def endpoint(self, connect: Callable[[Session, float], Endpoint], *, timeout: float) -> Endpoint:
         """The endpoint of this session, made at its first use."""
         with self._endpoint_guard:
             if self._endpoint is None:
-                endpoint = connect(self.hello, timeout)
+                endpoint = connect(self, timeout)
                 self._endpoint = endpoint
                 endpoint.add_close_callback(
                     lambda: self.end(TransportError(f"pool server {self.peer}: the data connection ended"))
