@@ -117,7 +117,7 @@ class Fuzzer(random.Random):
                 case 2:
                     values.insert(self.randrange(len(values) + 1), self.value())
                 case 3:
-                    values[0] = self.choice((0, -1, 18, 255, 1 << 40, self.randrange(20)))
+                    values[0] = self.choice((0, -1, 20, 255, 1 << 40, self.randrange(22)))
         raw: bytes = msgpack.packb(values, use_bin_type=True)
         return raw
 

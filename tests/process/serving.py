@@ -235,7 +235,7 @@ class RawClient:
         """Open the data connection by hand, on a socket that is not connected yet."""
         host, port = self.data_address.rsplit(":", 1)
         sock.connect((host, int(port)))
-        greeting = wire.Greeting(bytes(16), 0, 1, self.hello.ticket)
+        greeting = wire.Greeting(make_nonce(), 0, 1, self.hello.ticket)
         sock.sendall(greeting.encode())
         challenge = wire.decode_challenge(sock.recv(wire.CHALLENGE_NBYTES, socket.MSG_WAITALL))
         sock.sendall(greeting.prove(Role.CLIENT, self.stream_secret, challenge))

@@ -112,7 +112,7 @@ def leave(draw: Fuzzer, sock: socket.socket) -> None:
 
 def test_before_the_hello(server: Server, fuzzing: Fuzzing) -> None:
     """One connection an input."""
-    hello = protocol.preface() + protocol.encode(protocol.Hello(1, "almost"))
+    hello = protocol.preface() + protocol.encode(protocol.Hello(1, "almost", bytes(16)))
     with besieged(server):
         for draw in fuzzing.inputs(300, 20_000):
             sock = socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE_S)
@@ -170,14 +170,10 @@ def test_after_the_hello(server: Server, client: Client, fuzzing: Fuzzing) -> No
 @contextlib.contextmanager
 def data_stream(raw: RawClient) -> Iterator[socket.socket]:
     """The data connection of a client by hand, as a bare socket."""
-    with socket.create_connection(parse_address(raw.data_address), timeout=PATIENCE_S) as sock:
-        sock.sendall(wire.Greeting(draw_session(), 0, 1, raw.hello.ticket).encode())
-        wire.check_answer(sock.recv(wire.ANSWER_NBYTES, socket.MSG_WAITALL))
+    with socket.socket() as sock:
+        sock.settimeout(PATIENCE_S)
+        raw.join_data(sock)
         yield sock
-
-
-def draw_session() -> bytes:
-    return np.random.default_rng().bytes(16)
 
 
 def test_the_data_port_before_its_greeting(server: Server, fuzzing: Fuzzing) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from kvrdma import protocol
+from kvrdma.auth import NONCE_NBYTES, Role, prove
 from kvrdma.backends.pool.session import Session
 from kvrdma.errors import DeadlineError
 
@@ -29,11 +30,17 @@ def deaf_server() -> Iterator[int]:
             socks.append(sock)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             decoder = protocol.FrameDecoder(peer="the client")
-            messages: list[protocol.Message] = []
-            while not messages:
-                messages = list(decoder.feed(sock.recv(4096)))
-            reply = protocol.HelloReply(messages[0].seq, "deaf", b"t" * 16, [])
-            sock.sendall(protocol.preface() + protocol.encode(reply))
+
+            def receive() -> protocol.Message:
+                while True:
+                    for message in decoder.feed(sock.recv(4096)):
+                        return message
+
+            hello, nonce = receive(), bytes(NONCE_NBYTES)
+            assert isinstance(hello, protocol.Hello)
+            sock.sendall(protocol.preface() + protocol.encode(protocol.Challenge(hello.seq, nonce, 0)))
+            proof = prove(b"", Role.SERVER, protocol.PURPOSE, hello.nonce, nonce)
+            sock.sendall(protocol.encode(protocol.HelloReply(receive().seq, proof, "deaf", b"t" * 16, [])))
 
         thread = threading.Thread(target=serve)
         thread.start()
@@ -50,7 +57,7 @@ def put(seq: int) -> protocol.Message:
 def test_a_server_that_reads_nothing_does_not_hold_its_callers() -> None:
     """The kernel's queue is full: sending ends with the call's own time-out, and half a frame ends the session."""
     with deaf_server() as port:
-        session = Session("127.0.0.1", port, name="test", timeout=PATIENCE_S)
+        session = Session("127.0.0.1", port, name="test", token=None, timeout=PATIENCE_S)
         session._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         # Twice what this test may take, where the kernel would give the connection up.
         session._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(2000 * PATIENCE_S))
@@ -81,4 +88,4 @@ def test_a_server_that_reads_nothing_does_not_hold_its_callers() -> None:
 def test_a_server_that_says_no_hello_is_a_deadline() -> None:
     """Not a `TransportError`: there was a connection, and it may be slow only."""
     with socket.create_server(("127.0.0.1", 0)) as server, pytest.raises(DeadlineError):
-        Session("127.0.0.1", server.getsockname()[1], name="test", timeout=0.2)
+        Session("127.0.0.1", server.getsockname()[1], name="test", token=None, timeout=0.2)

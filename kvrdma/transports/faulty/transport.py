@@ -14,6 +14,7 @@ from kvrdma.transports.base import (
     MemoryRegion,
     RemoteRegion,
     Rights,
+    SecretOf,
     TransferBatch,
     Transport,
 )
@@ -64,13 +65,13 @@ class FaultyTransport(Transport):
         """Take a key back."""
         self.inner.revoke(replace(remote, scheme=self.inner.scheme))
 
-    def connect(self, address: str, *, timeout: float, ticket: bytes = b"") -> Endpoint:
+    def connect(self, address: str, *, timeout: float, ticket: bytes = b"", secret: bytes = b"") -> Endpoint:
         """Reach a listener."""
-        return FaultyEndpoint(self.inner.connect(address, timeout=timeout, ticket=ticket), self)
+        return FaultyEndpoint(self.inner.connect(address, timeout=timeout, ticket=ticket, secret=secret), self)
 
-    def listen(self, address: str) -> Listener:
+    def listen(self, address: str, *, secret_of: SecretOf | None = None) -> Listener:
         """Open a listener."""
-        return FaultyListener(self.inner.listen(address), self)
+        return FaultyListener(self.inner.listen(address, secret_of=secret_of), self)
 
     def close(self) -> None:
         """Abort every endpoint."""
