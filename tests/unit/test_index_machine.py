@@ -241,6 +241,15 @@ class IndexMachine(RuleBasedStateMachine):
             self._finish_jobs(JobKind.FETCH)
             self.look_up(request, prompt, 0, ready_only=False)
 
+    @rule(request=requests, prompt=prompts, others=prompts)
+    def look_up_over_a_hole(self, request: str, prompt: str, others: str) -> None:
+        """Room for what is fetched may be made only of what the lookup has no use for."""
+        self.finish(request)
+        self.save_and_see_it_done(prompt)
+        self.save_and_see_it_done(others)
+        self.forget(prompt[:1], True)
+        self.look_up_and_fetch(request, prompt, False)
+
     @rule(prompt=prompts, really=st.sampled_from([False] * 3 + [True]))
     def forget(self, prompt: str, really: bool) -> None:
         if really:
