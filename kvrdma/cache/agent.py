@@ -1,7 +1,9 @@
 """`TransferAgent`: does the jobs on one rank's memory, and reports. The index decides, the agent moves bytes.
 
 The caller's thread only enqueues and polls. Copies from the device run on one thread and those to it on another,
-each in the order of its jobs; fetches and puts run in the backend, and their ends come back on its threads.
+each in the order of its jobs; fetches and puts run in the backend, and their ends come back on its threads. Jobs
+on the same slots are in no order: the index emits one that reads a slot only once the job that wrote it is
+terminal on every rank, and one that writes it only once nothing holds it.
 """
 
 from __future__ import annotations
@@ -19,11 +21,12 @@ from numpy.typing import NDArray
 
 from kvrdma.backends import GetStatus, GetTransfer, PutStatus, PutTransfer, StorageBackend
 from kvrdma.cache.jobs import BlockStatus, Job, JobKind, JobReport, PoolReport
-from kvrdma.errors import ClosedError, KVRDMAError
+from kvrdma.errors import BackendError, ClosedError, KVRDMAError
 from kvrdma.keys import KeySpace, unpack_keys
 from kvrdma.layout import Checksums, Shard, checksum
 from kvrdma.memory import BlockCopier, Fence, Lease, Memory, PinnedPool, PoolGrowth
 from kvrdma.transports import Transfer
+from kvrdma.transports.base import call_guarded
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +70,7 @@ class TransferAgent:
         self._scatters = ThreadPoolExecutor(1, thread_name_prefix="kvrdma-scatter")
         self._idle = threading.Condition()
         self._n_open = 0
+        self._closed = False
         self._growth = PoolGrowth(pool, prepare=self._prepare, on_change=self._changed)
         self._told_pool = False
 
@@ -85,6 +89,8 @@ class TransferAgent:
             with self._idle:
                 self._n_open += 1
             try:
+                if self._closed:
+                    raise ClosedError("agent: closed")
                 self._begin(job, fence)
             except Exception as error:  # whatever it is: the job must end, and the engine must not
                 if not isinstance(error, KVRDMAError):
@@ -109,6 +115,7 @@ class TransferAgent:
     def close(self, *, timeout: float = 10.0) -> bool:
         """End the growth of the pool, and wait for the jobs under way; True where all have ended."""
         deadline = time.monotonic() + timeout
+        self._closed = True
         ended = self._growth.close(timeout=timeout)
         with self._idle:
             left = max(0.0, deadline - time.monotonic())
@@ -125,7 +132,7 @@ class TransferAgent:
 
     def _changed(self) -> None:
         if self._on_report is not None:
-            self._on_report()
+            call_guarded(self._on_report)  # its fault is not the job's, which has ended
 
     def _begin(self, job: Job, fence: Fence | None) -> None:
         match job.kind:
@@ -174,12 +181,12 @@ class TransferAgent:
                 job.keys, self._shard, self._pool.spans(job.slots), hold=lease, timeout=job.timeout
             )
 
-        def ended(done: Transfer) -> None:
+        def statuses(done: Transfer) -> NDArray[np.uint8]:
             assert isinstance(done, GetTransfer)
             self._checksums[job.slots[done.ok]] = done.checksums[done.ok]
-            self._report(job, _STATUS_OF_GET[done.status], done.error)
+            return _STATUS_OF_GET[done.status]
 
-        transfer.add_done_callback(ended)
+        self._report_end(job, transfer, statuses)
 
     def _put(self, job: Job) -> None:
         assert self._backend is not None
@@ -193,9 +200,25 @@ class TransferAgent:
                 timeout=job.timeout,
             )
 
-        def ended(done: Transfer) -> None:
+        def statuses(done: Transfer) -> NDArray[np.uint8]:
             assert isinstance(done, PutTransfer)
-            self._report(job, _STATUS_OF_PUT[done.status], done.error)
+            return _STATUS_OF_PUT[done.status]
+
+        self._report_end(job, transfer, statuses)
+
+    def _report_end(self, job: Job, transfer: Transfer, statuses: Callable[[Transfer], NDArray[np.uint8]]) -> None:
+        """Report a job once its transfer is terminal, also where a backend's answer makes no sense."""
+
+        def ended(done: Transfer) -> None:
+            error: Exception | None = done.error
+            try:
+                status = statuses(done)
+                if status.shape != (len(job),):
+                    raise BackendError(f"{len(job)} blocks, {len(status)} answers")
+            except Exception as failure:  # a job without a report would hold its slots for ever
+                logger.exception("job %d (%s): an answer that makes no sense", job.number, job.kind.value)
+                status, error = np.full(len(job), BlockStatus.FAILED, dtype=np.uint8), failure
+            self._report(job, status, error)
 
         transfer.add_done_callback(ended)
 

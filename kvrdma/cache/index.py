@@ -190,8 +190,8 @@ class CacheIndex:
         Where not all fit, the leading ones are saved: the later ones would be of no use without them.
         """
         room = min(len(keys), self._table.n_available)
-        self.metrics.add("save_skipped_no_room", len(keys) - room)
         slots = self.reserve(keys[:room], parents=parents[:room], costs=costs)
+        self.metrics.add("save_skipped_no_room", len(keys) - len(slots))
         if not slots:
             return None
         return self._emit(JobKind.SAVE, slots, blocks=np.asarray(blocks[: len(slots)], dtype=np.int64))

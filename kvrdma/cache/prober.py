@@ -37,6 +37,7 @@ class Prober:
         self._on_answer = on_answer
         self._probes: queue.SimpleQueue[Probe | None] = queue.SimpleQueue()
         self._answers: deque[ProbeAnswer] = deque()
+        self._closed = False
         self._thread = threading.Thread(target=self._run, name="kvrdma-prober", daemon=True)
         self._thread.start()
 
@@ -57,7 +58,8 @@ class Prober:
         return answers
 
     def close(self) -> None:
-        """End the thread after the probe under way."""
+        """End the thread after the probe under way; those behind it are not answered."""
+        self._closed = True
         self._probes.put(None)
         self._thread.join()
 
@@ -68,7 +70,7 @@ class Prober:
             logger.warning("L2 does not answer yet: %s", error)
         except Exception:  # the thread must live on: lookups wait for it
             logger.exception("L2 could not be asked")
-        while (probe := self._probes.get()) is not None:
+        while (probe := self._probes.get()) is not None and not self._closed:
             try:
                 found = self._backend.lookup(probe.keys, self._shards, timeout=self._timeout)
             except KVRDMAError as error:
