@@ -1,4 +1,4 @@
-"""Conformance suites: what any transport, policy or backend, ours or a third party's, inherits and passes.
+"""Conformance suites: what any transport, policy, backend or coordinator, ours or a third party's, inherits and passes.
 
 Needs pytest and hypothesis: `pip install kvrdma[testing]`. Subclass a suite in a test module, give it what its
 factory methods ask for, and pytest collects the tests:
@@ -9,7 +9,8 @@ factory methods ask for, and pytest collects the tests:
 """
 
 from kvrdma.testing.backends import StorageBackendSuite
+from kvrdma.testing.coordinators import CoordinatorSuite
 from kvrdma.testing.policies import EvictionPolicySuite
 from kvrdma.testing.transports import TransportSuite
 
-__all__ = ["EvictionPolicySuite", "StorageBackendSuite", "TransportSuite"]
+__all__ = ["CoordinatorSuite", "EvictionPolicySuite", "StorageBackendSuite", "TransportSuite"]
