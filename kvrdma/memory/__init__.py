@@ -2,8 +2,10 @@
 
 from kvrdma.memory.copier import BlockCopier, Copy, CpuCopier, Fence, read_slots
 from kvrdma.memory.growth import PoolGrowth
+from kvrdma.memory.limits import available_memory_nbytes
+from kvrdma.memory.numa import node_of_device
 from kvrdma.memory.pool import Lease, PinnedPool, Spans
-from kvrdma.memory.slab import MemfdSlabs, Memory, SlabReserve, SlabSource, available_memory_nbytes
+from kvrdma.memory.slab import MemfdSlabs, Memory, SlabReserve, SlabSource
 from kvrdma.memory.slots import SlotAllocator
 
 __all__ = [
@@ -21,5 +23,6 @@ __all__ = [
     "SlotAllocator",
     "Spans",
     "available_memory_nbytes",
+    "node_of_device",
     "read_slots",
 ]

@@ -10,17 +10,19 @@ import mmap
 import os
 import threading
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvrdma.errors import CapacityError, ClosedError, RegionError
+from kvrdma.memory.limits import available_memory_nbytes, huge_pages, shared_huge_pages
+from kvrdma.memory.numa import nodes_with_memory, prefer_node
 
 logger = logging.getLogger(__name__)
 
 PAGE_NBYTES: Final = mmap.PAGESIZE
+_MADV_HUGEPAGE: Final = 14
 _MADV_POPULATE_WRITE: Final = 23  # Linux 5.14
 _CHUNK_NBYTES: Final = 8 << 20  # touched in one call: a few milliseconds in which nobody else can map memory
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -91,11 +93,17 @@ class MemfdSlabs:
     """Anonymous memory with a descriptor that a process on the same host can be given.
 
     Sealed against shrinking, so that nobody who maps it can be hit by SIGBUS. Pages are locked where the
-    limit allows; `unlocked_nbytes` counts those that are not, and the first refusal warns.
+    limit allows; `unlocked_nbytes` counts those that are not, and the first refusal warns. Huge pages that the
+    host keeps are used while there are enough (`huge_nbytes` counts them), else transparent ones where the
+    kernel gives them for shared memory. `node` is the NUMA node that pages come from while it has any.
     """
 
-    def __init__(self, *, lock: bool = True) -> None:
+    def __init__(self, *, lock: bool = True, huge: bool = True, node: int | None = None) -> None:
         self._lock = lock
+        self._huge = huge
+        self._node = node if node is not None and len(nodes_with_memory()) > 1 else None
+        self._told = False
+        self.huge_nbytes = 0
         self._guard = threading.Lock()
         self._cancelled = False
         self.locked_nbytes = 0
@@ -103,25 +111,54 @@ class MemfdSlabs:
 
     def allocate(self, nbytes: int) -> Memory:
         """Map one slab; raises `CapacityError` where the host has not that much memory."""
-        nbytes = -(-nbytes // PAGE_NBYTES) * PAGE_NBYTES
-        available = self.available_nbytes()
-        if nbytes > available:
-            raise CapacityError(f"slab of {nbytes} bytes: the host has {available} bytes available")
-        fd = os.memfd_create("kvrdma-slab", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        memory = self._allocate_huge(nbytes) if self._huge else None
+        if memory is None:
+            available = available_memory_nbytes()
+            if nbytes > available:
+                raise CapacityError(f"slab of {nbytes} bytes: {available} bytes are available")
+            memory = self._map(-(-nbytes // PAGE_NBYTES) * PAGE_NBYTES, 0)
+        self._tell(memory)
+        return memory
+
+    def _allocate_huge(self, nbytes: int) -> Memory | None:
+        """A slab of the huge pages that the host keeps; None where there are not enough, or little would be used."""
+        n_free, page_nbytes = huge_pages()
+        if not n_free:
+            return None
+        whole = -(-nbytes // page_nbytes) * page_nbytes
+        if whole > n_free * page_nbytes or whole - nbytes > whole // 8:
+            return None
+        try:
+            memory = self._map(whole, os.MFD_HUGETLB)
+        except ClosedError:
+            raise
+        except (OSError, CapacityError) as error:  # somebody else was faster, or a limit
+            logger.debug("no huge pages for a slab: %s", error)
+            return None
+        self.huge_nbytes += whole
+        return memory
+
+    def _map(self, nbytes: int, flags: int) -> Memory:
+        fd = os.memfd_create("kvrdma-slab", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | flags)
         try:
             os.ftruncate(fd, nbytes)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
             mapping = mmap.mmap(fd, nbytes, mmap.MAP_SHARED)
             array = np.frombuffer(mapping, dtype=np.uint8)
-            self._populate(array)
+            if self._node is not None:
+                prefer_node(array.ctypes.data, nbytes, self._node)
+            if self._huge and not flags:  # a wish, which the kernel may not grant
+                _libc.madvise(ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(nbytes), _MADV_HUGEPAGE)
+            self._populate(array, is_huge=bool(flags))
         except BaseException:
             os.close(fd)
             raise
         return Memory(array.ctypes.data, nbytes, keepalive=array, fd=fd)
 
     def available_nbytes(self) -> int:
-        """What the host has available."""
-        return available_memory_nbytes()
+        """What the host and the control groups leave, and the huge pages that the host keeps."""
+        n_free, page_nbytes = huge_pages() if self._huge else (0, 0)
+        return available_memory_nbytes() + n_free * page_nbytes
 
     def release(self, memory: Memory) -> None:
         """Close the descriptor and let go of the pages."""
@@ -133,19 +170,37 @@ class MemfdSlabs:
         """Have an allocation under way end after its next few MiB."""
         self._cancelled = True
 
-    def _populate(self, array: NDArray[np.uint8]) -> None:
-        """Touch and lock the pages, in chunks. A slab is locked as a whole or not at all."""
-        refusal = None if self._lock else 0
+    def _populate(self, array: NDArray[np.uint8], *, is_huge: bool) -> None:
+        """Touch and lock the pages, in chunks. A slab is locked as a whole or not at all; huge pages always are."""
+        lock = self._lock and not is_huge
+        refusal: int | None = None
         for first in range(0, array.nbytes, _CHUNK_NBYTES):
             if self._cancelled:
                 raise ClosedError("slab: its pool is being closed")
             chunk = array[first : first + _CHUNK_NBYTES]
-            _touch(chunk)
-            if refusal is None and _libc.mlock(ctypes.c_void_p(chunk.ctypes.data), ctypes.c_size_t(chunk.nbytes)):
+            _touch(chunk, may_fault=not is_huge)
+            if (
+                lock
+                and refusal is None
+                and _libc.mlock(ctypes.c_void_p(chunk.ctypes.data), ctypes.c_size_t(chunk.nbytes))
+            ):
                 refusal = ctypes.get_errno()
                 _libc.munlock(ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes))
         if self._lock:
             self._count(array.nbytes, refusal)
+
+    def _tell(self, memory: Memory) -> None:
+        """Say once what kind of pages there are."""
+        if not self._told:
+            self._told = True
+            kind = "of huge pages" if self.huge_nbytes else f"of {PAGE_NBYTES} bytes a page"
+            logger.info(
+                "slabs %s (free huge pages: %d, transparent ones for shared memory: %s), node %s",
+                kind,
+                huge_pages()[0],
+                shared_huge_pages(),
+                "any" if self._node is None else self._node,
+            )
 
     def _count(self, nbytes: int, refusal: int | None) -> None:
         with self._guard:
@@ -157,7 +212,8 @@ class MemfdSlabs:
         if first:
             logger.warning(
                 "pool memory is not page-locked (%s): copies and RDMA may be slower. "
-                "Raise the limit with `ulimit -l unlimited`, or LimitMEMLOCK=infinity in the unit file",
+                "Raise the limit with `ulimit -l unlimited`, LimitMEMLOCK=infinity in the unit file, or "
+                "`--ulimit memlock=-1` of a container",
                 os.strerror(refusal),
             )
 
@@ -206,20 +262,15 @@ class SlabReserve:
             self._source.release(memory)
 
 
-def _touch(array: NDArray[np.uint8]) -> None:
-    """Make every page present, so that no first use waits for the kernel."""
+def _touch(array: NDArray[np.uint8], *, may_fault: bool) -> None:
+    """Make every page present, so that no first use waits for the kernel.
+
+    Huge pages that a limit forbids would end the process at a fault: they are only asked for, never touched.
+    """
     refused = _libc.madvise(ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes), _MADV_POPULATE_WRITE)
     if not refused:
         return
     code = ctypes.get_errno()
-    if code != errno.EINVAL:
+    if code != errno.EINVAL or not may_fault:
         raise CapacityError(f"slab of {array.nbytes} bytes: cannot be made present ({os.strerror(code)})")
     array[::PAGE_NBYTES] = 0  # kernels before 5.14
-
-
-def available_memory_nbytes() -> int:
-    """Bytes that the kernel says can be had without swapping."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise CapacityError("/proc/meminfo names no MemAvailable: Linux 3.14 or newer is needed")

@@ -14,7 +14,7 @@ from kvrdma.connectors.vllm.identity import block_nbytes, layer_attention, make_
 from kvrdma.connectors.vllm.layout import make_layout
 from kvrdma.connectors.vllm.metadata import RankReports, StepJobs
 from kvrdma.errors import ConfigError
-from kvrdma.memory import BlockCopier, CpuCopier, PinnedPool
+from kvrdma.memory import BlockCopier, CpuCopier, MemfdSlabs, PinnedPool, node_of_device
 from kvrdma.settings import Settings
 
 if TYPE_CHECKING:
@@ -69,7 +69,9 @@ class WorkerHalf:
         layout = make_layout(self._kv_cache_config, kv_caches)
         n_slots = slots_per_rank(self._settings, self._kv_cache_config, len(shards))
         self._attention = layer_attention(self._vllm_config, [run.name for run in layout.runs])
-        self._pool = PinnedPool(layout.nbytes, n_slots, in_background=True)
+        self._pool = PinnedPool(
+            layout.nbytes, n_slots, source=MemfdSlabs(node=node_of_device(layout.device)), in_background=True
+        )
         self._copier = make_copier(layout.device)
         self._copier.register(layout, self._pool)
         if self._settings.l2:
