@@ -117,7 +117,7 @@ class MemfdSlabs:
             if nbytes > available:
                 raise CapacityError(f"slab of {nbytes} bytes: {available} bytes are available")
             memory = self._map(-(-nbytes // PAGE_NBYTES) * PAGE_NBYTES, 0)
-        self._tell(memory)
+        self._tell()
         return memory
 
     def _allocate_huge(self, nbytes: int) -> Memory | None:
@@ -148,7 +148,7 @@ class MemfdSlabs:
             if self._node is not None:
                 prefer_node(array.ctypes.data, nbytes, self._node)
             if self._huge and not flags:  # a wish, which the kernel may not grant
-                _libc.madvise(ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(nbytes), _MADV_HUGEPAGE)
+                _on(_libc.madvise, array, _MADV_HUGEPAGE)
             self._populate(array, is_huge=bool(flags))
         except BaseException:
             os.close(fd)
@@ -179,17 +179,13 @@ class MemfdSlabs:
                 raise ClosedError("slab: its pool is being closed")
             chunk = array[first : first + _CHUNK_NBYTES]
             _touch(chunk, may_fault=not is_huge)
-            if (
-                lock
-                and refusal is None
-                and _libc.mlock(ctypes.c_void_p(chunk.ctypes.data), ctypes.c_size_t(chunk.nbytes))
-            ):
+            if lock and refusal is None and _on(_libc.mlock, chunk):
                 refusal = ctypes.get_errno()
-                _libc.munlock(ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes))
+                _on(_libc.munlock, array)
         if self._lock:
             self._count(array.nbytes, refusal)
 
-    def _tell(self, memory: Memory) -> None:
+    def _tell(self) -> None:
         """Say once what kind of pages there are."""
         if not self._told:
             self._told = True
@@ -262,13 +258,17 @@ class SlabReserve:
             self._source.release(memory)
 
 
+def _on(call: Any, array: NDArray[np.uint8], *arguments: int) -> int:
+    """A call of libc on an array's memory: 0, or not, where it is refused."""
+    return int(call(ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes), *arguments))
+
+
 def _touch(array: NDArray[np.uint8], *, may_fault: bool) -> None:
     """Make every page present, so that no first use waits for the kernel.
 
     Huge pages that a limit forbids would end the process at a fault: they are only asked for, never touched.
     """
-    refused = _libc.madvise(ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes), _MADV_POPULATE_WRITE)
-    if not refused:
+    if not _on(_libc.madvise, array, _MADV_POPULATE_WRITE):
         return
     code = ctypes.get_errno()
     if code != errno.EINVAL or not may_fault:

@@ -154,6 +154,7 @@ def test_huge_pages_that_are_gone_when_asked_for_are_done_without(
     source = MemfdSlabs(lock=False)
     assert source._allocate_huge(1 << 50) is None
     monkeypatch.undo()
+    monkeypatch.setattr(slab, "huge_pages", lambda: (0, 2 << 20))
     with caplog.at_level(logging.INFO):
         memory = source.allocate(4 << 20)
     assert source.huge_nbytes == 0
