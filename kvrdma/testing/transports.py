@@ -642,8 +642,10 @@ class TransportSuite:
                 free.wait(PATIENCE_S)
 
         for _ in range(100):  # until it is called on the transport's thread, in the middle of its work
-            here.endpoint.post(self.read_all(here, there)).add_done_callback(block)
-            if busy.wait(0.1):
+            transfer = here.endpoint.post(self.read_all(here, there))
+            at_once = transfer.done()
+            transfer.add_done_callback(block)
+            if not at_once and busy.wait(0.1):
                 break
         posted = [here.endpoint.post(self.read_all(here, there)) for _ in range(4)]
 
