@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 import warnings
@@ -26,6 +27,7 @@ with warnings.catch_warnings():  # torch and vLLM warn of themselves when they a
 from processes import EngineProcess, Server  # noqa: E402
 
 BLOCK = 32
+FETCH_TIMEOUT_S = 10.0  # of the reader: long enough for a test to do something meanwhile
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -73,16 +75,41 @@ class Witness:
         """Which halves of an engine's connector have been shut down."""
         return {line["half"] for line in self.lines(engine) if line["what"] == "shutdown"}
 
+    def hold(self, engine: str, what: str, pid: int) -> Path:
+        """Have a process stopped just before the engine's next `get` or `put`: then the file given is gone."""
+        file = Path(f"{self.file(engine)}.hold-{what}")
+        new = file.with_suffix(".new")
+        new.write_text(str(pid))
+        new.rename(file)
+        return file
+
     def wrong(self, engine: str) -> list[str]:
         """Keys whose device bytes after a load are not those that were saved."""
         saved = self.saved()
         return [line["key"] for line in self.loaded(engine) if line["digest"] not in saved[line["key"]]]
 
 
+class Pool:
+    """A pool server that can be ended and started again, empty, at the same address."""
+
+    def __init__(self) -> None:
+        self.server = Server(capacity="1GiB")
+
+    def restart(self) -> None:
+        self.server.close()
+        self.server = Server(capacity="1GiB", port=self.server.port)
+
+
 @pytest.fixture(scope="session")
-def server() -> Iterator[Server]:
-    with Server(capacity="1GiB") as running:
-        yield running
+def pool() -> Iterator[Pool]:
+    pool = Pool()
+    yield pool
+    pool.server.close()
+
+
+@pytest.fixture
+def server(pool: Pool) -> Server:
+    return pool.server
 
 
 @pytest.fixture(scope="session")
@@ -103,7 +130,7 @@ def start_engine(witness: Witness) -> Iterator[Callable[..., EngineProcess]]:
             name=name,
             model=str(model),
             env={
-                "PYTHONPATH": str(Path(__file__).parent),
+                "PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{ROOT}",
                 "WITNESS_FILE": str(witness.file(name)),
                 "VLLM_CPU_KVCACHE_SPACE": "1",
                 **(env or {}),
@@ -122,15 +149,16 @@ def start_engine(witness: Witness) -> Iterator[Callable[..., EngineProcess]]:
 
 
 @pytest.fixture(scope="session")
-def writer(server: Server, start_engine: Callable[..., EngineProcess]) -> EngineProcess:
+def writer(pool: Pool, start_engine: Callable[..., EngineProcess]) -> EngineProcess:
     """An engine whose work is to compute and to store."""
-    return start_engine("writer", settings={"l1_bytes": "256MiB", "l2": server.url})
+    return start_engine("writer", settings={"l1_bytes": "256MiB", "l2": pool.server.url})
 
 
 @pytest.fixture(scope="session")
-def reader(server: Server, start_engine: Callable[..., EngineProcess], writer: EngineProcess) -> EngineProcess:
+def reader(pool: Pool, start_engine: Callable[..., EngineProcess], writer: EngineProcess) -> EngineProcess:
     """An engine with the same model, in another process, that finds what the writer has stored."""
-    return start_engine("reader", settings={"l1_bytes": "256MiB", "l2": server.url})
+    settings = {"l1_bytes": "256MiB", "l2": pool.server.url, "fetch_timeout": FETCH_TIMEOUT_S}
+    return start_engine("reader", settings=settings)
 
 
 @pytest.fixture(scope="session")

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-import os
+import itertools
 import shutil
 import signal
-from collections.abc import Callable
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from conftest import BLOCK, MODELS, Witness, eventually
+import psutil
+from conftest import BLOCK, MODELS, Pool, Witness, eventually
 from processes import EngineProcess, Server
+from slabs import alter
 
 from kvrdma.backends import open_backend
 from kvrdma.keys import KeySpace
 from kvrdma.settings import Settings
 
 N = 20 * BLOCK  # tokens of a prompt here
+N_LOOKED_UP = N // BLOCK - 1  # the last token is computed in any case
+KV_BYTES = 30 * 2 * 3 * 64 * 4 * BLOCK  # of a block: layers, K and V, heads, values of a head, bytes of a value
 
 
 def prompt(text: list[int], number: int, n: int = N) -> list[int]:
@@ -150,7 +157,7 @@ def test_an_altered_block_is_seen(
     altering.close()
 
 
-def test_a_request_aborted_while_its_blocks_are_fetched(
+def test_a_byte_altered_in_the_pool_is_a_miss_and_the_block_is_stored_again(
     server: Server,
     writer: EngineProcess,
     reader: EngineProcess,
@@ -159,23 +166,83 @@ def test_a_request_aborted_while_its_blocks_are_fetched(
     witness: Witness,
 ) -> None:
     tokens = prompt(text, 5)
+    known = len(witness.lines("writer"))
     store(server, writer, tokens)
-    reads = server.stats()["get_blocks"]
-    server.signal(signal.SIGSTOP)  # the fetch cannot end
-    try:
-        reader.ask("add", id="aborted", tokens=tokens)
-        assert reader.ask("step", seconds=0.3, until="aborted") == {}
-        reader.ask("abort", id="aborted")
-        other = reader.generate(text[500:700], id="other", max_tokens=4)  # the engine answers on
-        assert len(other["tokens"]) == 4
-    finally:
-        server.signal(signal.SIGCONT)
-    assert server.stats()["get_blocks"] >= reads
-    answer = eventually("the pool answers again", lambda: retry(reader, tokens), timeout=60)
+    saved = [line for line in witness.lines("writer")[known:] if line["what"] == "saved"]
+    assert len(saved) == N // BLOCK
+    bad = 9
+    alter(server.pid, bytes.fromhex(saved[bad]["tail"]))
+    stored, before = server.stats(), counters(reader)
+    answer = reader.generate(tokens)
+    assert loaded(answer) == bad * BLOCK
+    assert new_misses(before, answer) == {"checksum": 1, "behind_hole": N_LOOKED_UP - bad - 1}
     assert_as_from_own_cache(plain, tokens, answer)
     assert witness.wrong("reader") == []
-    stats = answer["kvrdma"]["kvrdma.stats"]
-    assert (stats["zombies"], stats["waiting_slots"]) == (0, 0)
+    assert_every_block_accounted(answer)
+    n_bytes = stored["written_bytes"] + KV_BYTES
+    eventually("the reader has stored what it computed", lambda: server.stats()["written_bytes"] == n_bytes)
+    assert server.stats()["blocks"] == stored["blocks"]
+
+
+def test_a_request_aborted_in_the_middle_of_its_fetch(
+    server: Server,
+    writer: EngineProcess,
+    reader: EngineProcess,
+    plain: EngineProcess,
+    text: list[int],
+    witness: Witness,
+) -> None:
+    """The fetch goes on without it, into slots that nobody else gets meanwhile."""
+    tokens = prompt(text, 6)
+    store(server, writer, tokens)
+    before = counters(reader)
+    with stopped_during("get", reader, tokens, server, witness):
+        during = counters(reader)
+        assert during["jobs"] == 1
+        assert during["waiting_slots"] == N_LOOKED_UP
+        reader.ask("abort", id="held")
+        aborted = counters(reader)
+        assert aborted["jobs"] == 1
+        assert aborted["waiting_slots"] == 0
+        assert more(before, aborted, "l2_fetched_blocks") == 0
+    answer = reader.generate(tokens)
+    assert loaded(answer) == N_LOOKED_UP * BLOCK
+    assert_as_from_own_cache(plain, tokens, answer)
+    assert witness.wrong("reader") == []
+    after = counters(reader)
+    assert more(before, after, "l2_fetch_asked_blocks") == N_LOOKED_UP  # not fetched a second time
+    assert more(before, after, "l2_fetched_blocks") == N_LOOKED_UP
+    assert (after["zombies"], after["waiting_slots"], after["jobs"]) == (0, 0, 0)
+
+
+def counters(engine: EngineProcess) -> dict[str, Any]:
+    """The connector's, by a prompt of less than a block: it is not looked up and not saved."""
+    return engine.generate([1, 2, 3], id="counters", max_tokens=1)["kvrdma"]["kvrdma.stats"]
+
+
+def more(before: dict[str, Any], after: dict[str, Any], name: str) -> int:
+    return after.get(name, 0) - before.get(name, 0)
+
+
+def new_misses(before: dict[str, Any], answer: dict[str, Any]) -> dict[str, int]:
+    new = {reason: n - before["misses"].get(reason, 0) for reason, n in misses(answer).items()}
+    return {reason: n for reason, n in new.items() if n}
+
+
+@contextmanager
+def stopped_during(
+    what: str, engine: EngineProcess, tokens: list[int], server: Server, witness: Witness
+) -> Iterator[None]:
+    """The server stands still while the `get` or `put` that comes of the request "held" is under way."""
+    file = witness.hold(engine.name, what, server.pid)
+    engine.ask("add", id="held", tokens=tokens)
+    try:
+        eventually(f"a {what} has begun", lambda: not file.exists())
+        eventually("the server stands", lambda: psutil.Process(server.pid).status() == psutil.STATUS_STOPPED)
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+        server.signal(signal.SIGCONT)  # where it lives
 
 
 def retry(engine: EngineProcess, tokens: list[int]) -> dict[str, Any] | None:
@@ -214,11 +281,16 @@ def test_an_engine_answers_before_its_pool_is_complete(
 
 
 def test_two_fine_tunes_under_one_name_and_path(
-    server: Server, start_engine: Callable[..., EngineProcess], tmp_path: Path, witness: Witness, text: list[int]
+    server: Server,
+    start_engine: Callable[..., EngineProcess],
+    reader: EngineProcess,
+    tmp_path: Path,
+    witness: Witness,
+    text: list[int],
 ) -> None:
     """The folder is the same, the config is the same, the weights are not: no cross hits. Nor with other models."""
     model = tmp_path / "model"
-    tokens = [token % 500 for token in prompt(text, 6)]
+    tokens = [token % 500 for token in prompt(text, 7)]
     shutil.copytree(MODELS / "tiny", model)
     settings = {"l1_bytes": "64MiB", "l2": server.url}
     base = start_engine("tiny", model=model, settings=settings, num_blocks=100)
@@ -235,6 +307,10 @@ def test_two_fine_tunes_under_one_name_and_path(
     assert set(misses(answer)) == {"other_keyspace"}  # and it says why
     assert server.stats()["keyspaces"] >= 2
     tuned.close()
+    before = counters(reader)
+    answer = reader.generate(tokens, max_tokens=8)  # another model altogether, asking for the same tokens
+    assert loaded(answer) == 0
+    assert new_misses(before, answer) == {"not_there": N_LOOKED_UP}
     shutil.rmtree(model)
     shutil.copytree(MODELS / "tiny", model)
     again = start_engine("tiny-again", model=model, settings=settings, num_blocks=100)
@@ -244,42 +320,141 @@ def test_two_fine_tunes_under_one_name_and_path(
     again.close()
 
 
-def test_server_killed_and_restarted(
-    server: Server,
+def test_an_engine_started_before_the_server(
+    start_engine: Callable[..., EngineProcess], text: list[int], witness: Witness
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    settings = {"l1_bytes": "64MiB", "l2": f"kvrdma://127.0.0.1:{port}"}
+    early = start_engine("early", model=MODELS / "tiny", settings=settings, num_blocks=100)
+    tokens = [token % 500 for token in prompt(text, 8)]
+    answer = early.generate(tokens, max_tokens=8)
+    assert loaded(answer) == 0
+    assert misses(answer) == {"tier_down": N_LOOKED_UP}
+    assert_every_block_accounted(answer)
+    local = early.generate(tokens, max_tokens=8)
+    early.ask("reset", connector=False)
+    again = early.generate(tokens, max_tokens=8)
+    assert loaded(again) == N_LOOKED_UP * BLOCK  # from L1, that needs no server
+    assert again["tokens"] == local["tokens"]
+    with Server(port=port) as server:
+        numbers = itertools.count(100)
+
+        def stores() -> bool:
+            early.generate([token % 500 for token in prompt(text, next(numbers))], id="probe", max_tokens=1)
+            return server.stats()["blocks"] > 0
+
+        eventually("it stores what it computes", stores, timeout=60)
+    assert witness.wrong("early") == []
+    early.close()
+
+
+def assert_used_again(
+    pool: Pool,
+    writer: EngineProcess,
+    reader: EngineProcess,
+    plain: EngineProcess,
+    text: list[int],
+    witness: Witness,
+    *,
+    first: int,
+) -> None:
+    """The writer stores new prompts and the reader loads them, once the breakers have closed.
+
+    What was computed while the pool was away is in L1 alone.
+    """
+    numbers = itertools.count(first)
+
+    def used() -> tuple[list[int], dict[str, Any]] | None:
+        tokens = prompt(text, next(numbers))
+        known = pool.server.stats()["blocks"]
+        writer.generate(tokens, id="probe", max_tokens=1)
+        deadline = time.monotonic() + 1
+        while pool.server.stats()["blocks"] < known + N // BLOCK:
+            if time.monotonic() > deadline:
+                return None
+        answer = retry(reader, tokens)
+        return None if answer is None else (tokens, answer)
+
+    tokens, answer = eventually("the pool is used again", used, timeout=90)
+    assert_as_from_own_cache(plain, tokens, answer)
+    assert witness.wrong("reader") == []
+    assert_every_block_accounted(answer)
+
+
+def test_a_server_killed_in_the_middle_of_a_fetch(
+    pool: Pool,
     writer: EngineProcess,
     reader: EngineProcess,
     plain: EngineProcess,
     text: list[int],
     witness: Witness,
 ) -> None:
-    """The last one here: it ends the server that the others share."""
-    tokens = prompt(text, 7)
-    port = server.port
-    store(server, writer, tokens)
-    server.signal(signal.SIGSTOP)
-    reader.ask("add", id="mid-run", tokens=tokens)
-    assert reader.ask("step", seconds=0.2, until="mid-run") == {}
-    os.kill(server.pid, signal.SIGKILL)
-    answer = reader.ask("wait", id="mid-run")
+    tokens = prompt(text, 9)
+    store(pool.server, writer, tokens)
+    before = counters(reader)
+    with stopped_during("get", reader, tokens, pool.server, witness):
+        pool.server.signal(signal.SIGKILL)
+        answer = reader.ask("wait", id="held")
     assert loaded(answer) == 0
-    assert "tier_down" in misses(answer) or "not_yet" in misses(answer)
+    assert new_misses(before, answer) == {"tier_down": N_LOOKED_UP}
+    after = counters(reader)
+    assert more(before, after, "l2_fetch_asked_blocks") == N_LOOKED_UP
+    assert more(before, after, "l2_fetched_blocks") == 0
+    assert after["zombies"] == 0
     assert_as_from_own_cache(plain, tokens, answer)
-    new = prompt(text, 8)
-    assert len(writer.generate(new, id="while-down", max_tokens=4)["tokens"]) == 4
-    server.close()
-    with Server(capacity="1GiB", port=port) as restarted:
+    pool.restart()
+    assert_used_again(pool, writer, reader, plain, text, witness, first=200)
 
-        def stored_again() -> bool:
-            # What was computed while the pool was away is in L1 alone; new prompts are stored again.
-            stored_again.number += 1
-            writer.generate(prompt(text, 100 + stored_again.number), id="probe", max_tokens=1)
-            return restarted.stats()["blocks"] > 0
 
-        stored_again.number = 0
-        eventually("the writer stores again", stored_again, timeout=60)
-        last = prompt(text, 100 + stored_again.number)
-        eventually("all of it", lambda: restarted.stats()["blocks"] >= N // BLOCK)
-        answer = eventually("the reader loads again", lambda: retry(reader, last), timeout=60)
-        assert_as_from_own_cache(plain, last, answer)
-        assert witness.wrong("reader") == []
-        assert_every_block_accounted(answer)
+def test_a_server_killed_in_the_middle_of_a_put(
+    pool: Pool,
+    writer: EngineProcess,
+    reader: EngineProcess,
+    plain: EngineProcess,
+    text: list[int],
+    witness: Witness,
+) -> None:
+    tokens = prompt(text, 10)
+    before = counters(writer)
+    with stopped_during("put", writer, tokens, pool.server, witness):
+        pool.server.signal(signal.SIGKILL)
+        answer = writer.ask("wait", id="held")
+    assert_as_from_own_cache(plain, tokens, answer)
+    eventually(
+        "the put has failed",
+        lambda: more(before, counters(writer), "l2_put_failed_blocks") == N // BLOCK,
+    )
+    again = retry(writer, tokens)  # the slots were let go whole
+    assert again is not None
+    assert loaded(again) == N_LOOKED_UP * BLOCK
+    assert_as_from_own_cache(plain, tokens, again)
+    assert witness.wrong("writer") == []
+    pool.restart()
+    assert_used_again(pool, writer, reader, plain, text, witness, first=300)
+
+
+def test_a_server_stopped_for_longer_than_any_deadline(
+    pool: Pool,
+    writer: EngineProcess,
+    reader: EngineProcess,
+    plain: EngineProcess,
+    text: list[int],
+    witness: Witness,
+) -> None:
+    tokens = prompt(text, 11)
+    store(pool.server, writer, tokens)
+    before = counters(reader)
+    with stopped_during("get", reader, tokens, pool.server, witness):
+        answer = reader.ask("wait", id="held")
+        assert loaded(answer) == 0
+        assert sum(new_misses(before, answer).values()) == N_LOOKED_UP
+        assert set(new_misses(before, answer)) <= {"tier_down", "not_yet"}
+        assert_as_from_own_cache(plain, tokens, answer)
+        other = prompt(text, 12)
+        before = counters(reader)
+        answer = reader.generate(other, id="meanwhile")
+        assert set(new_misses(before, answer)) <= {"tier_down", "not_yet"}
+        assert_as_from_own_cache(plain, other, answer)
+        assert_as_from_own_cache(plain, other, writer.generate(other, id="meanwhile"))
+    assert_used_again(pool, writer, reader, plain, text, witness, first=400)

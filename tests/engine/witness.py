@@ -3,11 +3,14 @@
 It shares no code with kvrdma's copier or checksums: device bytes are read by torch and hashed by hashlib. One
 line of JSON a block goes to $WITNESS_FILE. With $WITNESS_ALTER it alters one slot before each load, so that a
 test can see the comparison fail. With $WITNESS_HOLD the pool gets no slab but its first until that file is there.
+While there is a file $WITNESS_FILE.hold-get or .hold-put, the process that it names is stopped just before the
+worker's next get from, or put to, the pool, and the file is removed.
 """
 
 import hashlib
 import json
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -30,6 +33,18 @@ def hold_slabs(until):
     MemfdSlabs.allocate = held
 
 
+def stopping(what, call):
+    file = Path(f"{os.environ['WITNESS_FILE']}.hold-{what}")
+
+    def stop_and_call(*args, **kwargs):
+        if file.exists():
+            os.kill(int(file.read_text()), signal.SIGSTOP)
+            file.unlink()
+        return call(*args, **kwargs)
+
+    return stop_and_call
+
+
 class WitnessConnector(KVRDMAConnector):
     def register_kv_caches(self, kv_caches):
         if os.environ.get("WITNESS_HOLD"):
@@ -37,6 +52,10 @@ class WitnessConnector(KVRDMAConnector):
         super().register_kv_caches(kv_caches)
         self.layers = [kv_caches[name] for name in self._kv_cache_config.kv_cache_groups[0].layer_names]
         self.loading = {}
+        if self._worker._backend is not None:
+            pool = self._worker._backend._inner  # behind the breaker: what is held is really asked
+            pool.get_into = stopping("get", pool.get_into)
+            pool.put = stopping("put", pool.put)
 
     def start_load_kv(self, forward_context, **kwargs):
         for job in self._connector_metadata.jobs:
@@ -71,7 +90,8 @@ class WitnessConnector(KVRDMAConnector):
             digest = hashlib.sha256()
             for layer in self.layers:
                 digest.update(layer[block].contiguous().view(torch.uint8).numpy().tobytes())
-            lines.append({"what": what, "key": key.tobytes().hex(), "digest": digest.hexdigest()})
+            tail = self.layers[-1][block].contiguous().view(torch.uint8).numpy().tobytes()[-64:]
+            lines.append({"what": what, "key": key.tobytes().hex(), "digest": digest.hexdigest(), "tail": tail.hex()})
         self.write(lines)
 
     def write(self, lines):

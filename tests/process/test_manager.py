@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from serving import PATIENCE_S, SPACE, Program, Server, eventually
+from slabs import alter
 
 from kvrdma.coordinator import SoloCoordinator
 from kvrdma.errors import CapacityError, ClosedError, ConfigError, KVRDMAError
@@ -298,6 +299,21 @@ def test_a_hole_in_the_pool_shortens_the_hit(server: Server) -> None:
         assert first.flush(timeout=PATIENCE_S)
         assert read(second, tokens) == 2
         assert account(second) == {"not_there": 1, "behind_hole": 3}
+
+
+def test_a_byte_altered_in_the_pool_is_a_miss_and_the_block_is_stored_again(server: Server) -> None:
+    tokens = prompt(1, 6)
+    with manager_of(16, server.url) as first, manager_of(16, server.url) as second:
+        write(first, tokens)
+        assert first.flush(timeout=PATIENCE_S)
+        alter(server.process.pid, content(tokens)[2].tobytes())
+        assert read(second, tokens) == 2
+        assert account(second) == {"checksum": 1, "behind_hole": 3}
+        eventually(lambda: server.stats()["blocks"] == 5)
+        assert write(second, tokens) == [2]
+        assert second.flush(timeout=PATIENCE_S)
+        with manager_of(16, server.url) as third:
+            assert read(third, tokens) == 6
 
 
 def test_a_pool_that_is_not_there_is_a_miss_and_l1_works() -> None:
