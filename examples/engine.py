@@ -8,6 +8,7 @@ Commands come on stdin, one JSON object a line; each is answered by one on stdou
     {"do": "step", "seconds": 1.0, "until": "a"}                  step for a while, or until a request has ended
     {"do": "abort", "id": "a"}
     {"do": "reset", "connector": true}                            empty the engine's prefix cache (and kvrdma's)
+    {"do": "metrics"}                                             kvrdma's counters in vLLM's Prometheus registry
     {"do": "encode", "text": "..."}                               text to token ids
 vLLM's own log goes to stderr.
 """
@@ -97,6 +98,18 @@ class Engine:
 
     def reset(self, connector: bool = False) -> dict:
         return {"reset": bool(self.engine.reset_prefix_cache(reset_connector=connector))}
+
+    def metrics(self) -> dict:
+        from prometheus_client import REGISTRY
+
+        return {
+            " ".join(
+                [sample.name, *(f'{name}="{value}"' for name, value in sorted(sample.labels.items()))]
+            ): sample.value
+            for family in REGISTRY.collect()
+            for sample in family.samples
+            if sample.name.startswith("kvrdma:")
+        }
 
     def encode(self, text: str) -> dict:
         return {"tokens": self.engine.get_tokenizer().encode(text)}

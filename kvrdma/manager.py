@@ -269,10 +269,11 @@ class KVCacheManager:
     # -- the rest
 
     def stats(self) -> dict[str, Any]:
-        """Counters and gauges by name; misses by reason."""
+        """Counters and gauges by name; misses by reason; durations by kind of job."""
         with self._changed:
             self._pump()
-            return self._index.stats()
+            decided = self._index.stats()
+        return {**self._agent.stats(), **decided, "seconds": self._agent.stats()["seconds"]}
 
     def misses(self, reason: Reason) -> int:
         """How many looked-up blocks were not served for a reason."""

@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,7 @@ from kvrdma.errors import BackendError, ClosedError, KVRDMAError
 from kvrdma.keys import KeySpace, unpack_keys
 from kvrdma.layout import Checksums, Shard, checksum
 from kvrdma.memory import BlockCopier, Fence, Lease, Memory, PinnedPool, PoolGrowth
+from kvrdma.metrics import Metrics
 from kvrdma.transports import Transfer
 from kvrdma.transports.base import call_guarded
 
@@ -70,6 +71,8 @@ class TransferAgent:
         self._scatters = ThreadPoolExecutor(1, thread_name_prefix="kvrdma-scatter")
         self._idle = threading.Condition()
         self._n_open = 0
+        self._begun: dict[int, float] = {}
+        self._metrics = Metrics()
         self._closed = False
         self._growth = PoolGrowth(pool, prepare=self._prepare, on_change=self._changed)
         self._told_pool = False
@@ -88,6 +91,7 @@ class TransferAgent:
         for job in jobs:
             with self._idle:
                 self._n_open += 1
+                self._begun[job.number] = time.monotonic()
             try:
                 if self._closed:
                     raise ClosedError("agent: closed")
@@ -111,6 +115,11 @@ class TransferAgent:
             return None
         self._told_pool = not growing
         return PoolReport(self._rank, self._growth.n_ready, growing, self._growth.failure)
+
+    def stats(self) -> dict[str, Any]:
+        """Blocks, bytes and durations by kind of job: `load_blocks`, `load_bytes`, `seconds["load"]`, and so on."""
+        with self._idle:
+            return self._metrics.snapshot()
 
     def close(self, *, timeout: float = 10.0) -> bool:
         """End the growth of the pool, and wait for the jobs under way; True where all have ended."""
@@ -226,7 +235,12 @@ class TransferAgent:
         if error is not None:
             logger.info("job %d (%s): %s", job.number, job.kind.value, error)
         self._reports.append(JobReport(job.number, self._rank, status, terminal=True))
+        kind, n_ok = job.kind.value, int((status == BlockStatus.OK).sum())
         with self._idle:
+            self._metrics.add(f"{kind}_blocks", n_ok)
+            self._metrics.add(f"{kind}_bytes", n_ok * self._pool.slot_nbytes)
+            self._metrics.add(f"{kind}_failed_blocks", len(job) - n_ok)
+            self._metrics.observe(kind, time.monotonic() - self._begun.pop(job.number))
             self._n_open -= 1
             self._idle.notify_all()
         self._changed()

@@ -52,6 +52,7 @@ class _JobState:
     status: NDArray[np.uint8]  # uint8[ranks, n]
     terminal: Bitmap  # bool[ranks]
     deadline: float
+    n_from_l1: int = 0  # a LOAD: so many of its leading blocks were in L1 when they were looked up
     settled: bool = False  # a FETCH: each block is READY or lost, though some rank may not be done
 
 
@@ -59,7 +60,8 @@ class CacheIndex:
     """Lookup, fetch before promise, load, save, offload, evict: see docs/architecture.md.
 
     `lookup` is idempotent and cheap. Each looked-up block that is not served is counted under exactly one
-    `Reason`: once requests and their loads have ended, looked_up_blocks = served_blocks + all misses.
+    `Reason`: once requests and their loads have ended, looked_up_blocks = served_blocks + all misses,
+    and served_blocks = l1_hit_blocks + l2_hit_blocks.
     """
 
     def __init__(
@@ -146,17 +148,19 @@ class CacheIndex:
 
         Gives the LOAD job, or None where nothing is to be loaded. The references pass to the job.
         """
-        taken = self._lookups.take(request_id, len(blocks))
+        taken, n_from_l1 = self._lookups.take(request_id, len(blocks))
         if not taken:
             return None
         self._touch(taken)
-        return self._emit(JobKind.LOAD, taken, blocks=np.asarray(blocks, dtype=np.int64))
+        job = self._emit(JobKind.LOAD, taken, blocks=np.asarray(blocks, dtype=np.int64))
+        self._jobs[job.number].n_from_l1 = n_from_l1
+        return job
 
     def take(self, request_id: str, n_blocks: int) -> list[Slot]:
         """Serve offered blocks in place, without a LOAD: they are held until `let_go`."""
-        slots = self._lookups.take(request_id, n_blocks)
+        slots, n_from_l1 = self._lookups.take(request_id, n_blocks)
         self._touch(slots)
-        self.metrics.add("served_blocks", len(slots))
+        self._served(n_from_l1, len(slots) - n_from_l1)
         return slots
 
     def let_go(self, slots: Sequence[Slot]) -> None:
@@ -349,11 +353,16 @@ class CacheIndex:
                 for slot, stored in zip(state.slots, ok, strict=True):
                     slot.offloaded = bool(stored)
             case JobKind.LOAD:
-                self.metrics.add("served_blocks", n_ok)
+                self._served(int(ok[: state.n_from_l1].sum()), int(ok[state.n_from_l1 :].sum()))
                 self.metrics.miss(Reason.LOAD_FAILED, len(ok) - n_ok)
             case JobKind.FETCH:
                 pass  # settled before
         self._table.unref(state.slots)
+
+    def _served(self, n_from_l1: int, n_from_l2: int) -> None:
+        self.metrics.add("served_blocks", n_from_l1 + n_from_l2)
+        self.metrics.add("l1_hit_blocks", n_from_l1)
+        self.metrics.add("l2_hit_blocks", n_from_l2)
 
     def _commit(self, slots: list[Slot], ok: Bitmap) -> None:
         """What every rank has is READY, and offloaded from the very same slots where the policy picks it."""

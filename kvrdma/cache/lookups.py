@@ -84,18 +84,21 @@ class Lookups:
             return Offer(Answer.PENDING, 0)
         return Offer(Answer.OFFERED, len(request.held))
 
-    def take(self, request_id: str, n_blocks: int) -> list[Slot]:
-        """Pass on the references to the first `n_blocks` of what was offered; the rest is let go."""
+    def take(self, request_id: str, n_blocks: int) -> tuple[list[Slot], int]:
+        """Pass on the references to the first `n_blocks` of what was offered; the rest is let go.
+
+        Gives the slots, and how many of them, the first ones, were in L1 already.
+        """
         request = self._requests.get(request_id)
         if request is None or request.phase is not Phase.OFFERED:
-            return []
+            return [], 0
         if not 0 <= n_blocks <= len(request.held):
             raise AssertionError(f"{request_id}: {n_blocks} blocks taken, {len(request.held)} were offered")
         taken = request.held[:n_blocks]
         self._uncount(taken)
         request.held = request.held[n_blocks:]
         self._end(request)
-        return taken
+        return taken, min(n_blocks, request.n_from_l1)
 
     def finished(self, request_id: str) -> None:
         """The request has ended: what is held for it is let go."""
@@ -155,7 +158,7 @@ class Lookups:
         if request.refused:
             return
         self._hold_run(request, ready)
-        run = len(request.held)
+        run = request.n_from_l1 = len(request.held)
         fetch: list[int] = []
         waits: list[tuple[int, Slot]] = []
         end = request.first + run

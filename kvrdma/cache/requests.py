@@ -50,6 +50,7 @@ class Request:
     deadline: float = 0.0
     answer: ProbeAnswer | None = None
     held: list[Slot] = field(default_factory=list)  # the leading READY run, referenced
+    n_from_l1: int = 0  # how many of them were in L1 before L2 was asked for more
     waits_for: dict[bytes, tuple[int, Slot]] = field(default_factory=dict)  # key -> (row, slot), referenced
     failures: dict[int, Reason] = field(default_factory=dict)  # by row: fetched, and did not come
     refusals: dict[int, Reason] = field(default_factory=dict)  # by row: not fetched, though L2 has it

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import kvrdma
-from kvrdma.cli import bench, serve
+from kvrdma.cli import bench, serve, stats
 from kvrdma.errors import KVRDMAError
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("serve")(serve.serve)
+app.command("stats")(stats.stats)
 app.add_typer(bench.app, name="bench")
 
 

@@ -22,6 +22,7 @@ def serve(
     transports: Annotated[str, typer.Option(help="Transports to offer, such as tcp.")] = "tcp",
     token_file: Annotated[str, typer.Option(help="File with the token that clients prove; else KVRDMA_TOKEN.")] = "",
     data_port: Annotated[int, typer.Option(help="Port for the bytes; 0 picks a free one.")] = 0,
+    metrics_port: Annotated[int | None, typer.Option(help="Port for Prometheus; 0 picks a free one.")] = None,
     max_clients: Annotated[int, typer.Option(help="Clients that are let in at most.")] = 1024,
 ) -> None:
     """Hold blocks for engines, in memory that they read and write through a transport."""
@@ -37,6 +38,7 @@ def serve(
         transports=parse_names(transports),
         token=find_token(token_file),
         data_port=data_port,
+        metrics_port=metrics_port,
         max_clients=max_clients,
     )
     asyncio.run(_serve(PoolServer(settings)))
@@ -49,5 +51,8 @@ async def _serve(server: PoolServer) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     host, port = server.address
-    print(f"listening on {host}:{port}", file=sys.stderr, flush=True)
+    where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    print(f"listening on {where}", file=sys.stderr, flush=True)
+    if server.metrics_port is not None:
+        print(f"metrics on http://{server.settings.host}:{server.metrics_port}/metrics", file=sys.stderr, flush=True)
     await server.serve_until(stop)

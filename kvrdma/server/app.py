@@ -15,9 +15,11 @@ from typing import Any, Final
 from kvrdma import protocol
 from kvrdma.backends.blockstore import BlockStore, check_capacity
 from kvrdma.errors import AuthenticationError, ConfigError, ProtocolError, TransportError
+from kvrdma.metrics import Metrics
 from kvrdma.policies import policies
 from kvrdma.protocol import StatsRequest
 from kvrdma.server.connection import CHUNK_NBYTES, Connection
+from kvrdma.server.exporter import Exporter
 from kvrdma.server.session import ClientSession, Slabs
 from kvrdma.settings import TOKEN_VARIABLE
 from kvrdma.transports import Endpoint, Listener, Rights, Transport, check_order, transports
@@ -44,13 +46,14 @@ class ServerSettings:
     transports: tuple[str, ...] = ("tcp",)
     token: bytes | None = field(default=None, repr=False)
     data_port: int = 0
+    metrics_port: int | None = None
     max_clients: int = 1024
     lease_s: float = 30.0
 
     def __post_init__(self) -> None:
         check_capacity(self.capacity)
-        for name in ("port", "data_port"):
-            if not 0 <= getattr(self, name) <= 65535:
+        for name in ("port", "data_port", "metrics_port"):
+            if not 0 <= (getattr(self, name) or 0) <= 65535:
                 raise ConfigError(f"{name}: must lie in 0..65535, not {getattr(self, name)}")
         if self.data_port and (self.data_port == self.port or len(self.transports) > 1):
             raise ConfigError(f"data_port: {self.data_port} cannot serve several listeners; 0 picks free ports")
@@ -86,6 +89,8 @@ class PoolServer:
         self._sessions: dict[bytes, ClientSession] = {}
         self._clients: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
+        self._exporter: Exporter | None = None
+        self._metrics = Metrics()
         self._started = time.monotonic()
         self._draining = False
 
@@ -96,6 +101,11 @@ class PoolServer:
         host, port = self._server.sockets[0].getsockname()[:2]
         return host, port
 
+    @property
+    def metrics_port(self) -> int | None:
+        """Where the counters are served for Prometheus, once started; None where they are not."""
+        return None if self._exporter is None else self._exporter.port
+
     async def start(self) -> None:
         """Open every listener; raises `TransportError` where an address is taken."""
         loop = asyncio.get_running_loop()
@@ -105,6 +115,8 @@ class PoolServer:
             self._server = await asyncio.start_server(
                 self._on_client, self.settings.host, self.settings.port, limit=CHUNK_NBYTES
             )
+            if self.settings.metrics_port is not None:
+                self._exporter = Exporter(self.stats, self.settings.host, self.settings.metrics_port, loop)
         except OSError as error:
             await self.stop()
             raise TransportError(
@@ -133,6 +145,10 @@ class PoolServer:
             await asyncio.wait(self._clients)
         if self._server is not None:
             await self._server.wait_closed()
+        if self._exporter is not None:
+            # Elsewhere: a request that it is serving waits for this loop.
+            await asyncio.get_running_loop().run_in_executor(None, self._exporter.close)
+            self._exporter = None
         for listener in self._listeners:
             listener.close()
         for transport in self._transports.values():
@@ -141,10 +157,12 @@ class PoolServer:
         self._store.close()
 
     def stats(self) -> dict[str, Any]:
-        """Counters and gauges by name."""
+        """Counters and gauges by name; durations of puts and leases under `seconds`."""
         return {
             **self._store.stats(),
+            "seconds": self._metrics.snapshot()["seconds"],
             "clients": len(self._sessions),
+            "leases": sum(session.n_leases for session in self._sessions.values()),
             "policy": self.settings.policy,
             "transports": list(self.settings.transports),
             "uptime_s": round(time.monotonic() - self._started, 3),
@@ -240,8 +258,9 @@ class PoolServer:
             self._store,
             self._slabs.__getitem__,
             connection.send,
-            stream_secret=proved.stream_secret,
             lease_s=self.settings.lease_s,
+            stream_secret=proved.stream_secret,
+            metrics=self._metrics,
         )
         printable = "".join(c if c.isprintable() else "?" for c in hello.client[:128])
         session.name = f"{printable} ({connection.peer})"

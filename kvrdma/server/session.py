@@ -19,6 +19,7 @@ from kvrdma.errors import ConfigError, KVRDMAError, ProtocolError, TransportErro
 from kvrdma.keys import KEY_NBYTES, KeySpace, unpack_keys
 from kvrdma.layout import SHARD_NBYTES, Bitmap, Checksums, Int64s, Shard, checksum
 from kvrdma.memory import Memory
+from kvrdma.metrics import Metrics
 from kvrdma.protocol import Message
 from kvrdma.transports import Endpoint, MemoryRegion, Opcode, Priority, RemoteRegion, Transfer, TransferBatch
 
@@ -72,6 +73,7 @@ class ClientSession:
         *,
         lease_s: float,
         stream_secret: bytes = b"",
+        metrics: Metrics | None = None,
     ) -> None:
         self.peer = peer
         self.ticket = ticket
@@ -81,8 +83,9 @@ class ClientSession:
         self._slabs = slabs
         self._send = send
         self._lease_s = lease_s
+        self._metrics = metrics or Metrics()
         self._keyspaces: dict[int, None] = {}  # a set that knows which one is the oldest
-        self._leases: dict[int, tuple[list[Entry], asyncio.TimerHandle]] = {}
+        self._leases: dict[int, tuple[list[Entry], asyncio.TimerHandle, float]] = {}
         self._lease_numbers = itertools.count(1)
         self._endpoint: asyncio.Future[Endpoint] = asyncio.get_running_loop().create_future()
         self._puts: set[asyncio.Task[None]] = set()
@@ -100,6 +103,11 @@ class ClientSession:
     def busy(self) -> bool:
         """Whether puts are under way."""
         return bool(self._puts)
+
+    @property
+    def n_leases(self) -> int:
+        """How many leases the client holds."""
+        return len(self._leases)
 
     def attach(self, endpoint: Endpoint) -> None:
         """The client's data connection is here."""
@@ -194,7 +202,7 @@ class ClientSession:
         checksums = np.array([entry.checksum for entry in entries], dtype="<u8")
         lease = next(self._lease_numbers)
         timer = asyncio.get_running_loop().call_later(self._lease_s, self._expire, lease)
-        self._leases[lease] = (entries, timer)
+        self._leases[lease] = (entries, timer, timer.when() - self._lease_s)
         self._store.counts["get_blocks"] += len(names)
         self._store.counts["get_hits"] += len(entries)
         self._store.counts["read_bytes"] += int(nbytes.sum())
@@ -256,6 +264,7 @@ class ClientSession:
 
     async def _put(self, put: _Put) -> None:
         """Reserve, read from the client, verify, commit: a block is there only once all of that is done."""
+        begun = asyncio.get_running_loop().time()
         timeout = min(MAX_PUT_S, max(0.001, put.message.timeout_ms / 1000))
         present = [self._store.has(name) for name in put.names]
         sizes = np.bincount(put.spans[0], weights=put.spans[3]).astype(np.int64).tolist()
@@ -264,6 +273,7 @@ class ClientSession:
         rows = [i for i, entry in enumerate(entries) if entry is not None]
         reserved = [entry for entry in entries if entry is not None]
         self._store.counts["put_blocks"] += len(put.names)
+        self._store.counts["existing_blocks"] += sum(present)
         self._store.counts["declined_blocks"] += len(put.names) - sum(present) - len(reserved)
         committed: Bitmap = np.zeros(len(reserved), dtype=np.bool_)
         try:
@@ -286,6 +296,8 @@ class ClientSession:
                 status[rows[i]] = PutStatus.STORED if committed[i] else PutStatus.FAILED
                 if not committed[i]:
                     self._store.give_up(entry)
+                    self._store.counts["failed_blocks"] += 1
+            self._metrics.observe("put", asyncio.get_running_loop().time() - begun)
         self._send(protocol.PutReply(put.message.seq, status.tobytes()))
 
     async def _read(
@@ -341,9 +353,10 @@ class ClientSession:
     def _end_lease(self, lease: int) -> None:
         held = self._leases.pop(lease, None)
         if held is not None:
-            entries, timer = held
+            entries, timer, begun = held
             timer.cancel()
             self._store.unpin(entries)
+            self._metrics.observe("lease", asyncio.get_running_loop().time() - begun)
 
     def _check_keyspace(self, number: int) -> None:
         if number not in self._keyspaces:

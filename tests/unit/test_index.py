@@ -180,6 +180,7 @@ class World:
         assert stats["l1_free_blocks"] + stats["l1_blocks"] == stats["l1_capacity_blocks"]
         assert self.index._table.n_available == stats["l1_capacity_blocks"]
         assert self.count("looked_up_blocks") == self.count("served_blocks") + sum(self.misses().values())
+        assert self.count("served_blocks") == self.count("l1_hit_blocks") + self.count("l2_hit_blocks")
 
 
 # -- L1 only
@@ -356,6 +357,7 @@ def test_what_l2_has_is_fetched_before_it_is_promised() -> None:
     world.report(load, OK)
     world.check_ended("r")
     assert world.count("served_blocks") == 3
+    assert (world.count("l1_hit_blocks"), world.count("l2_hit_blocks")) == (1, 2)
     assert world.misses() == {}
 
 

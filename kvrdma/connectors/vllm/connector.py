@@ -22,6 +22,7 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from kvrdma.backends import backends
 from kvrdma.connectors.vllm.metadata import RankReports, StepJobs
 from kvrdma.connectors.vllm.scheduler import SchedulerHalf
+from kvrdma.connectors.vllm.stats import KVRDMAPromMetrics, KVRDMAStats
 from kvrdma.connectors.vllm.worker import WorkerHalf
 from kvrdma.errors import ConfigError
 from kvrdma.settings import Settings, Url
@@ -29,6 +30,7 @@ from kvrdma.settings import Settings, Url
 if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
+    from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
     from vllm.forward_context import ForwardContext
     from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -132,6 +134,28 @@ class KVRDMAConnector(KVConnectorBase_V1):
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
         """What this rank has done since the last step."""
         return None if self._worker is None else self._worker.reports()
+
+    @guarded()
+    def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        """What is new since the last call: transfers on a worker, lookups and decisions in the scheduler."""
+        half = self._worker or self._scheduler
+        return None if half is None else half.news()
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats | None:
+        """Stats as they come from another process."""
+        return KVRDMAStats(data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: dict[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> KVConnectorPromMetrics | None:
+        """The Prometheus metrics of this connector, beside vLLM's own."""
+        return KVRDMAPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     @guarded()
     def shutdown(self) -> None:

@@ -13,6 +13,7 @@ from kvrdma.backends.breaker import BreakerBackend
 from kvrdma.cache import Answer, CacheIndex, IndexOptions, Prober
 from kvrdma.connectors.vllm.identity import block_nbytes, make_extras, make_keyspace, make_shards, new_epoch
 from kvrdma.connectors.vllm.metadata import RankReports, StepJobs
+from kvrdma.connectors.vllm.stats import KVRDMAStats, StatsFeed
 from kvrdma.connectors.vllm.worker import slots_per_rank
 from kvrdma.errors import ConfigError, KVRDMAError
 from kvrdma.keys import KeyChain, KeySpace
@@ -91,6 +92,7 @@ class SchedulerHalf:
         self._hash_budget_s = HASH_BUDGET_S
         self._serving = True
         self._was_reset = False
+        self._stats = StatsFeed()
         logger.info(
             "kvrdma: %d slots on each of %d ranks, key space %s of %s, L2 %s",
             n_slots,
@@ -198,6 +200,10 @@ class SchedulerHalf:
             "kvrdma.loaded_bytes": state.n_loaded * self._nbytes,
             "kvrdma.stats": self._index.stats(),
         }
+
+    def news(self) -> KVRDMAStats | None:
+        """What was decided since the last call."""
+        return self._stats.news(self._index.stats())
 
     def pending_work(self) -> bool:
         """Whether the engine must keep stepping: blocks are referenced, or work waits to be handed over."""

@@ -13,6 +13,7 @@ from kvrdma.cache import BlockStatus, Job, JobKind, JobReport, TransferAgent
 from kvrdma.connectors.vllm.identity import block_nbytes, layer_attention, make_shards
 from kvrdma.connectors.vllm.layout import make_layout
 from kvrdma.connectors.vllm.metadata import RankReports, StepJobs
+from kvrdma.connectors.vllm.stats import KVRDMAStats, StatsFeed
 from kvrdma.errors import ConfigError
 from kvrdma.memory import BlockCopier, CpuCopier, MemfdSlabs, PinnedPool, node_of_device
 from kvrdma.settings import Settings
@@ -55,6 +56,7 @@ class WorkerHalf:
         self._begun: StepJobs | None = None
         self._reports: list[JobReport] = []
         self._failed_loads: list[str] = []
+        self._stats = StatsFeed()
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Map the rank's blocks and make the pool's first slab; the others come while the engine serves.
@@ -123,6 +125,13 @@ class WorkerHalf:
             return None
         reports, self._reports = self._reports, []
         return RankReports(reports, [] if pool is None else [pool])
+
+    def news(self) -> KVRDMAStats | None:
+        """What this rank has moved since the last call."""
+        if self._agent is None:
+            return None
+        failures = 0 if self._backend is None else self._backend.failures
+        return self._stats.news({**self._agent.stats(), "l2_failures": failures})
 
     def shutdown(self) -> None:
         """Let transfers end, within bounds, and give everything back."""

@@ -1,0 +1,90 @@
+"""`kvrdma stats` and the metrics port of a real server."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+from serving import PATIENCE_S, Client, Program, Server
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "kvrdma", *arguments], capture_output=True, text=True, timeout=PATIENCE_S, check=False
+    )
+
+
+def metrics(port: int) -> dict[str, float]:
+    """Each sample by its name and labels."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE_S) as answer:
+        lines = answer.read().decode().splitlines()
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))}
+
+
+def test_stats_as_one_object_and_as_tables(server: Server, client: Client) -> None:
+    assert client.put().result().all()
+    assert client.put().result().all()
+    assert client.get().result().all()
+    ended = run("stats", server.url, "--json")
+    assert ended.returncode == 0
+    stats = json.loads(ended.stdout)
+    assert (stats["blocks"], stats["stored_blocks"], stats["existing_blocks"], stats["get_hits"]) == (8, 8, 8, 8)
+    assert stats["by_size"] == [{"nbytes": 64 << 10, "slabs": 1, "blocks": 8, "pinned": 0}]
+    assert sum(stats["seconds"]["put"]["counts"]) == 2
+    assert sum(stats["seconds"]["lease"]["counts"]) == 1
+    shown = run("stats", server.url)
+    assert shown.returncode == 0
+    assert "stored_blocks" in shown.stdout
+    assert "65,536" in shown.stdout
+
+
+def test_stats_of_nobody() -> None:
+    ended = run("stats", "kvrdma://127.0.0.1:1", "--json", "--timeout", "2")
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert "127.0.0.1:1" in ended.stderr
+    wrong = run("stats", "kvrdmaa://127.0.0.1:1")
+    assert wrong.returncode == 2
+    assert "did you mean 'kvrdma'" in wrong.stderr
+
+
+def test_stats_want_the_token(tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    file.write_text("a-token-for-this-test-0123456789")
+    serve = ("-m", "kvrdma", "serve", "--port", "0", "--capacity", "16MiB", "--token-file", str(file))
+    with Server(arguments=serve) as server:
+        assert run("stats", server.url).returncode == 1
+        assert run("stats", server.url, "--token-file", str(file), "--json").returncode == 0
+
+
+def test_the_metrics_port() -> None:
+    serve = ("-m", "kvrdma", "serve", "--port", "0", "--capacity", "16MiB", "--metrics-port", "0")
+    with Server(arguments=serve) as server:
+        port = int(server.says("metrics on http://127.0.0.1:").split("/")[0])
+        with Client(server.url) as client:
+            assert client.put().result().all()
+            assert client.get().result().all()
+            found = metrics(port)
+        assert found['kvrdma_pool_put_blocks_total{outcome="stored"}'] == 8
+        assert found['kvrdma_pool_bytes_total{direction="out"}'] == 8 * (64 << 10)
+        assert found['kvrdma_pool_operation_seconds_count{operation="put"}'] == 1
+        assert found["kvrdma_pool_clients"] == 1
+        server.process.terminate()
+        assert server.ended() == 0
+        assert "Traceback" not in server.text
+
+
+@pytest.mark.parametrize("port", ["70000", "-1"])
+def test_a_metrics_port_that_cannot_be(port: str) -> None:
+    assert run("serve", "--port", "0", "--metrics-port", port).returncode == 2
+
+
+def test_a_metrics_port_that_is_taken(server: Server) -> None:
+    serve = ("-m", "kvrdma", "serve", "--port", "0", "--capacity", "16MiB", "--metrics-port", str(server.port))
+    with Program(*serve) as program:
+        assert program.ended() == 1
+    assert "cannot listen" in program.text
+    assert "Traceback" not in program.text
