@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import kvrdma
-from kvrdma.cli import bench, serve, stats
+from kvrdma.cli import bench, fingerprint, serve, stats
 from kvrdma.errors import KVRDMAError
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app = typer.Typer(
 )
 app.command("serve")(serve.serve)
 app.command("stats")(stats.stats)
+app.command("fingerprint")(fingerprint.fingerprint)
 app.add_typer(bench.app, name="bench")
 
 

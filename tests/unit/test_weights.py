@@ -63,6 +63,25 @@ def test_an_edit_outside_the_pages_is_seen_by_full_only(tmp_path: Path) -> None:
     assert fingerprint(tmp_path, full=True) != full
 
 
+@pytest.mark.parametrize("place", [0, 0.5, 1], ids=["first", "middle", "last"])
+def test_a_page_of_every_tensor_of_a_hundred_gibibytes(tmp_path: Path, place: float) -> None:
+    """Sparse, so that it can be made here: a tensor whose values have all changed is seen, wherever it lies."""
+    n, size = 1000, (100 << 30) // 1000
+    header = json.dumps(
+        {f"t.{i}": {"dtype": "U8", "shape": [size], "data_offsets": [i * size, (i + 1) * size]} for i in range(n)}
+    ).encode()
+    file = tmp_path / "model.safetensors"
+    with file.open("wb") as opened:
+        opened.write(struct.pack("<Q", len(header)) + header)
+        opened.truncate(8 + len(header) + n * size)
+    first = fingerprint(tmp_path)
+    start = 8 + len(header) + int(place * (n - 1)) * size
+    with file.open("r+b") as opened:  # what is written stands for the whole tensor: its middle, and a bit around
+        opened.seek(start + size // 2 - 50_000)
+        opened.write(b"x" * 100_000)
+    assert fingerprint(tmp_path) != first
+
+
 def test_a_file_replaced_under_one_name_is_read_anew(tmp_path: Path) -> None:
     file = write(tmp_path, tensors(1))
     first = fingerprint(tmp_path)
