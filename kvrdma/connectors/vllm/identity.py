@@ -20,6 +20,7 @@ from kvrdma.weights import fingerprint, weight_files
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.lora.request import LoRARequest
     from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheConfig
     from vllm.v1.request import Request
 
@@ -175,19 +176,23 @@ def _config_digest(vllm_config: VllmConfig, spec: AttentionSpec) -> str:
     return hashlib.blake2b(raw, digest_size=16).hexdigest()
 
 
-def make_extras(request: Request, block_tokens: int) -> Callable[[int], bytes] | None:
+def adapter_identity(lora: LoRARequest) -> bytes:
+    """A LoRA's name and its weights' content. Reads files. Raises `ConfigError` where there are none to read."""
+    folder = Path(lora.lora_path)
+    if not folder.is_dir():
+        raise ConfigError(f"LoRA {lora.lora_name!r}: {folder} is no folder to fingerprint")
+    return bytes(msgpack.packb([lora.lora_name, fingerprint(folder)]))
+
+
+def make_extras(request: Request, block_tokens: int, lora: bytes = b"") -> Callable[[int], bytes] | None:
     """What tells a request's blocks from others with the same tokens: LoRA, multimodal content, salt, embeddings.
 
-    None where nothing does. Raises `ConfigError` where the request cannot be told from others at all.
+    `lora` is the `adapter_identity` of the request's LoRA, if it has one. None where nothing tells them apart.
     """
     from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys
 
-    lora = b""
-    if request.lora_request is not None:
-        folder = Path(request.lora_request.lora_path)
-        if not folder.is_dir():
-            raise ConfigError(f"LoRA {request.lora_request.lora_name!r}: {folder} is no folder to fingerprint")
-        lora = msgpack.packb([request.lora_request.lora_name, fingerprint(folder)])
+    if request.lora_request is not None and not lora:
+        raise ConfigError(f"LoRA {request.lora_request.lora_name!r}: its identity is needed")
     if not lora and not request.mm_features and not request.cache_salt and request.prompt_embeds is None:
         return None
 

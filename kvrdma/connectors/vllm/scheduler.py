@@ -5,17 +5,25 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from kvrdma.backends import open_backend
 from kvrdma.backends.breaker import BreakerBackend
 from kvrdma.cache import Answer, CacheIndex, IndexOptions, Prober
-from kvrdma.connectors.vllm.identity import block_nbytes, make_extras, make_keyspace, make_shards, new_epoch
+from kvrdma.connectors.vllm.identity import (
+    adapter_identity,
+    block_nbytes,
+    make_extras,
+    make_keyspace,
+    make_shards,
+    new_epoch,
+)
 from kvrdma.connectors.vllm.metadata import RankReports, StepJobs
 from kvrdma.connectors.vllm.stats import KVRDMAStats, StatsFeed
 from kvrdma.connectors.vllm.worker import slots_per_rank
-from kvrdma.errors import ConfigError, KVRDMAError
+from kvrdma.errors import KVRDMAError
 from kvrdma.keys import KeyChain, KeySpace
 from kvrdma.policies import offload_policies, policies
 from kvrdma.settings import Settings
@@ -34,6 +42,7 @@ HASH_BUDGET_S: Final = 0.0009  # of hashing a scheduler step; the rest is hashed
 REPORT_PARAM: Final = "kvrdma.report"
 _NEWS_AGE_S: Final = 1.0  # what is known of growing pools may be as old as this
 _NEWS_WAIT_S: Final = 1.0
+ADAPTER_TIMEOUT_S: Final = 5.0  # for reading a LoRA's files; a request whose LoRA takes longer is not cached
 
 
 @dataclass(slots=True, eq=False)
@@ -41,7 +50,10 @@ class _Request:
     """What the connector knows of a request: its keys, and how far its blocks are saved."""
 
     request: Request
-    chain: KeyChain | None  # None: it cannot be told from others, so nothing of it is cached
+    chain: KeyChain | None = None  # None: it cannot be told from others (yet), so nothing of it is cached
+    adapter: Future[bytes] | None = None  # while its LoRA's files are read
+    adapter_deadline: float = 0.0
+    lora: bytes = b""
     first: int = 0
     saved: int = 0
     may_save: bool = True
@@ -83,6 +95,7 @@ class SchedulerHalf:
             self._prober = Prober(backend, shards, timeout=settings.lookup_timeout)
             self._backend = backend
         self._requests: dict[str, _Request] = {}
+        self._adapters = ThreadPoolExecutor(1, thread_name_prefix="kvrdma-adapters")  # a step has no time for files
         self._block_pool: BlockPool | None = None
         self._save_limit = int(settings.save_share * kv_cache_config.num_blocks)
         self._held: dict[int, list[int]] = {}  # SAVE job -> device blocks that we reference
@@ -119,7 +132,11 @@ class SchedulerHalf:
         first = n_computed // self._block_tokens
         last = (request.num_tokens - 1) // self._block_tokens
         state.first, state.saved, state.n_offered, state.n_loaded = first, 0, 0, 0
-        if not self._serving or state.chain is None:
+        if not self._serving:
+            return 0
+        if state.adapter is not None and not self._adapter_is_read(state):
+            return None
+        if state.chain is None:
             return 0
         if not self._hash(state):
             return None
@@ -223,7 +240,7 @@ class SchedulerHalf:
         if self._prober is not None:
             self._prober.use_keyspace(self._keyspace)
         for state in self._requests.values():
-            state.chain = self._chain(state.request)
+            state.chain = self._chain(state)
             state.may_save = False
             state.saved = 0
         logger.info("kvrdma: reset; key space %s from now on", self._keyspace.digest.hex()[:16])
@@ -234,6 +251,7 @@ class SchedulerHalf:
 
     def close(self) -> None:
         """End the prober and its connection."""
+        self._adapters.shutdown(wait=False, cancel_futures=True)
         if self._prober is not None:
             self._prober.close()
             self._backend.close()
@@ -258,17 +276,32 @@ class SchedulerHalf:
     def _state(self, request: Request) -> _Request:
         state = self._requests.get(request.request_id)
         if state is None:
-            state = self._requests[request.request_id] = _Request(
-                request, self._chain(request), may_save=not self._was_reset
-            )
+            state = self._requests[request.request_id] = _Request(request, may_save=not self._was_reset)
+            if request.lora_request is None:
+                state.chain = self._chain(state)
+            else:
+                state.adapter = self._adapters.submit(adapter_identity, request.lora_request)
+                state.adapter_deadline = time.monotonic() + ADAPTER_TIMEOUT_S
         return state
 
-    def _chain(self, request: Request) -> KeyChain | None:
+    def _adapter_is_read(self, state: _Request) -> bool:
+        """Whether it is known what the request's LoRA is, or that it is not to be known in time."""
+        assert state.adapter is not None
+        if not state.adapter.done() and time.monotonic() < state.adapter_deadline:
+            return False
+        adapter, state.adapter = state.adapter, None
         try:
-            return KeyChain(self._keyspace, extras=make_extras(request, self._block_tokens))
-        except ConfigError as error:
-            logger.warning("kvrdma: nothing of request %s is cached: %s", request.request_id, error)
+            state.lora = adapter.result(timeout=0)
+        except Exception as error:  # whatever reading files may raise
+            why = str(error) or f"its LoRA's files were not read within {ADAPTER_TIMEOUT_S} s"
+            logger.warning("kvrdma: nothing of request %s is cached: %s", state.request.request_id, why)
+        state.chain = self._chain(state)
+        return True
+
+    def _chain(self, state: _Request) -> KeyChain | None:
+        if state.request.lora_request is not None and not state.lora:
             return None
+        return KeyChain(self._keyspace, extras=make_extras(state.request, self._block_tokens, state.lora))
 
     def _hash(self, state: _Request) -> bool:
         """Hash within the step's budget; True once every full block of the prompt has its key."""
