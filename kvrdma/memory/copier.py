@@ -139,13 +139,10 @@ class CpuCopier:
         self._keepalive.clear()
 
     def _copy(self, group: int, blocks: Int64s, slots: Int64s, *, to_slots: bool, after: Fence) -> Copy:
-        if len(blocks) != len(slots):
-            raise RegionError(f"copy: {len(blocks)} blocks and {len(slots)} slots")
+        runs, pool = self._groups[group]
+        check_pairs(blocks, len(runs[0]), slots, pool.n_slots)
         after.wait()
         started = time.perf_counter()
-        runs, pool = self._groups[group]
-        check_numbers(blocks, len(runs[0]), "block")
-        check_numbers(slots, pool.n_slots, "slot")
         slab, within = np.divmod(slots, pool.slots_per_slab)
         # A section is consecutive on both sides and lies in one slab.
         breaks = (np.diff(blocks) != 1) | (np.diff(within) != 1) | (np.diff(slab) != 0)
@@ -162,10 +159,15 @@ class CpuCopier:
         return FinishedCopy(len(blocks) * pool.slot_nbytes, time.perf_counter() - started)
 
 
-def check_numbers(numbers: Int64s, limit: int, what: str) -> None:
-    """Raise `RegionError` where a number lies outside 0..limit-1: a copy would reach a neighbour's bytes."""
-    if len(numbers) and not (numbers.min() >= 0 and numbers.max() < limit):
-        raise RegionError(f"copy: {what}s must lie in 0..{limit - 1}, got {numbers.min()}..{numbers.max()}")
+def check_pairs(blocks: Int64s, n_blocks: int, slots: Int64s, n_slots: int) -> None:
+    """Raise `RegionError` where blocks and slots are no pairs, or one does not exist: a copy would reach a
+    neighbour's bytes.
+    """
+    if len(blocks) != len(slots):
+        raise RegionError(f"copy: {len(blocks)} blocks and {len(slots)} slots")
+    for numbers, limit, what in ((blocks, n_blocks, "block"), (slots, n_slots, "slot")):
+        if len(numbers) and not (numbers.min() >= 0 and numbers.max() < limit):
+            raise RegionError(f"copy: {what}s must lie in 0..{limit - 1}, got {numbers.min()}..{numbers.max()}")
 
 
 def read_slots(slabs: Sequence[NDArray[np.uint8]], slots: Int64s, target: NDArray[np.uint8]) -> None:

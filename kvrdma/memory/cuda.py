@@ -1,27 +1,27 @@
 """CUDA: blocks in device memory and pinned slots, one stream a direction, copies as batched DMA.
 
 Needs torch with CUDA. The slabs are page-locked for the device once, by cudaHostRegister; a copy is submitted
-on the agent's thread as one cuMemcpyBatchAsync where the driver has it (12.8), else as strided copies.
+on the agent's thread as one cuMemcpyBatchAsync where the driver has it (12.8), else as a cuMemcpyAsync a run.
 """
 
 from __future__ import annotations
 
 import ctypes
-import itertools
+import functools
 import threading
+from collections.abc import Callable
+from enum import Enum
 from typing import Any, Final
 
 import numpy as np
 
 from kvrdma.errors import ConfigError, KVRDMAError
 from kvrdma.layout import BlockLayout, Int64s
-from kvrdma.memory.copier import Copy, Fence, check_numbers
+from kvrdma.memory.copier import Copy, Fence, check_pairs
 from kvrdma.memory.pool import PinnedPool
 from kvrdma.memory.slab import Memory
 
 _PORTABLE: Final = 1  # cudaHostRegisterPortable
-_TO_HOST: Final = 2  # cudaMemcpyDeviceToHost
-_TO_DEVICE: Final = 1  # cudaMemcpyHostToDevice
 _IN_STREAM_ORDER: Final = 1  # CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
 
 
@@ -52,6 +52,13 @@ def copy_columns(layout: BlockLayout, pool: PinnedPool, blocks: Int64s, slots: I
     device = starts[None, :] + blocks[:, None] * strides[None, :]
     host = slot_addresses[:, None] + offsets[None, :]
     return device.ravel(), host.ravel(), np.tile(sizes, len(blocks))
+
+
+class _Way(Enum):
+    """The direction of a copy."""
+
+    TO_HOST = "to host"
+    TO_DEVICE = "to device"
 
 
 class CudaFence:
@@ -104,11 +111,11 @@ class CudaCopier:
         self._torch = torch
         self._device = torch.device(device)
         self._runtime = torch.cuda.cudart()
-        self._streams = {way: torch.cuda.Stream(self._device) for way in (_TO_HOST, _TO_DEVICE)}
+        self._streams = {way: torch.cuda.Stream(self._device) for way in _Way}
         self._groups: list[tuple[BlockLayout, PinnedPool]] = []
         self._guard = threading.Lock()
         self._locked: list[int] = []
-        self._batch_call = _find_batch_call()
+        self._queue_copies = find_copies(load_driver())
 
     def register(self, layout: BlockLayout, pool: PinnedPool) -> None:
         """Page-lock the pool's slabs for the device, once."""
@@ -133,11 +140,11 @@ class CudaCopier:
 
     def gather(self, group: int, blocks: Int64s, slots: Int64s, *, after: Fence) -> Copy:
         """Queue copies of device blocks into slots."""
-        return self._copy(group, blocks, slots, _TO_HOST, after)
+        return self._copy(group, blocks, slots, _Way.TO_HOST, after)
 
     def scatter(self, group: int, blocks: Int64s, slots: Int64s, *, after: Fence) -> Copy:
         """Queue copies of slots into device blocks."""
-        return self._copy(group, blocks, slots, _TO_DEVICE, after)
+        return self._copy(group, blocks, slots, _Way.TO_DEVICE, after)
 
     def close(self) -> None:
         """Wait for queued copies, then give the page locks back."""
@@ -148,50 +155,26 @@ class CudaCopier:
         self._locked.clear()
         self._groups.clear()
 
-    def _copy(self, group: int, blocks: Int64s, slots: Int64s, way: int, after: Fence) -> Copy:
+    def _copy(self, group: int, blocks: Int64s, slots: Int64s, way: _Way, after: Fence) -> Copy:
         layout, pool = self._groups[group]
-        check_numbers(blocks, layout.n_blocks, "block")
-        check_numbers(slots, pool.n_slots, "slot")
+        check_pairs(blocks, layout.n_blocks, slots, pool.n_slots)
         device, host, sizes = copy_columns(layout, pool, blocks, slots)
         stream = self._streams[way]
         with self._torch.cuda.device(self._device):
             if isinstance(after, CudaFence):
                 stream.wait_event(after.event)
-            started, ended = (self._torch.cuda.Event(enable_timing=True) for _ in range(2))
-            started.record(stream)
-            target, source = (host, device) if way == _TO_HOST else (device, host)
-            if self._batch_call is not None:
-                self._batch_call(target, source, sizes, stream.cuda_stream)
             else:
-                self._copy_strided(layout, pool, blocks, slots, way, stream.cuda_stream)
-            ended.record(stream)
+                after.wait()
+            started, ended = (self._torch.cuda.Event(enable_timing=True) for _ in range(2))
+            started.record(stream)  # which makes the device's context this thread's, as the driver needs it
+            target, source = (host, device) if way is _Way.TO_HOST else (device, host)
+            try:
+                self._queue_copies(target, source, sizes, stream.cuda_stream)
+                ended.record(stream)
+            except BaseException:
+                stream.synchronize()  # what was queued before uses the memory, which the caller is about to let go
+                raise
         return CudaCopy(started, ended, int(sizes.sum()), (target, source, sizes))
-
-    def _copy_strided(
-        self, layout: BlockLayout, pool: PinnedPool, blocks: Int64s, slots: Int64s, way: int, stream: int
-    ) -> None:
-        """One cudaMemcpy2DAsync for each run of each section that is consecutive on both sides."""
-        runtime = ctypes.CDLL("libcudart.so")
-        slab = slots // pool.slots_per_slab
-        breaks = (np.diff(blocks) != 1) | (np.diff(slots) != 1) | (np.diff(slab) != 0)
-        cuts = [0, *(np.flatnonzero(breaks) + 1).tolist(), len(blocks)]
-        for first, last in itertools.pairwise(cuts):
-            device, host, _ = copy_columns(layout, pool, blocks[first : first + 1], slots[first : first + 1])
-            for run, at, slot in zip(layout.runs, device.tolist(), host.tolist(), strict=True):
-                here, there = (slot, pool.slot_stride), (at, run.block_stride)
-                target, source = (here, there) if way == _TO_HOST else (there, here)
-                self._check(
-                    runtime.cudaMemcpy2DAsync(
-                        ctypes.c_void_p(target[0]),
-                        ctypes.c_size_t(target[1]),
-                        ctypes.c_void_p(source[0]),
-                        ctypes.c_size_t(source[1]),
-                        ctypes.c_size_t(run.nbytes),
-                        ctypes.c_size_t(last - first),
-                        ctypes.c_int(way),
-                        ctypes.c_void_p(stream),
-                    )
-                )
 
     @staticmethod
     def _check(code: Any) -> None:
@@ -199,20 +182,28 @@ class CudaCopier:
             raise KVRDMAError(f"CUDA refused a call with error {int(code)}")
 
 
-def _find_batch_call() -> Any:
-    """cuMemcpyBatchAsync as a call on columns, or None where the driver has none (before 12.8)."""
+def load_driver() -> Any:
+    """CUDA's driver library, which comes with the device; raises `ConfigError` where there is none."""
     try:
-        driver = ctypes.CDLL("libcuda.so.1")
-        version = ctypes.c_int()
-        driver.cuDriverGetVersion(ctypes.byref(version))
-    except (OSError, AttributeError):
-        return None
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise ConfigError(f"the CUDA driver's library cannot be loaded ({error})") from None
+
+
+def find_copies(driver: Any) -> Callable[[Int64s, Int64s, Int64s, int], None]:
+    """A call that queues copies on a stream: columns of target, source and size, one row a copy.
+
+    cuMemcpyBatchAsync, or cuMemcpyAsync for each where the driver is older than 12.8. Raises `KVRDMAError`; copies
+    may then be queued already.
+    """
     newer = hasattr(driver, "cuMemcpyBatchAsync_v2")  # without the index of the failed copy
     if not newer and not hasattr(driver, "cuMemcpyBatchAsync"):
-        return None
+        return functools.partial(_copy_each, driver)
     call = driver.cuMemcpyBatchAsync_v2 if newer else driver.cuMemcpyBatchAsync
 
     def batch(target: Int64s, source: Int64s, sizes: Int64s, stream: int) -> None:
+        if not len(sizes):
+            return  # no copies are an error to the driver
         attributes = _Attributes(_IN_STREAM_ORDER)
         first = ctypes.c_size_t(0)
         failed = ctypes.c_size_t(0)
@@ -232,3 +223,12 @@ def _find_batch_call() -> Any:
             raise KVRDMAError(f"cuMemcpyBatchAsync failed with error {code}")
 
     return batch
+
+
+def _copy_each(driver: Any, target: Int64s, source: Int64s, sizes: Int64s, stream: int) -> None:
+    for to, at, nbytes in zip(target.tolist(), source.tolist(), sizes.tolist(), strict=True):
+        code = driver.cuMemcpyAsync(
+            ctypes.c_uint64(to), ctypes.c_uint64(at), ctypes.c_size_t(nbytes), ctypes.c_void_p(stream)
+        )
+        if code != 0:
+            raise KVRDMAError(f"cuMemcpyAsync failed with error {code}")

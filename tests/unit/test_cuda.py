@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import importlib.util
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
+from kvrdma.errors import KVRDMAError, RegionError
 from kvrdma.layout import BlockLayout, ByteRun
 from kvrdma.memory import PinnedPool
-from kvrdma.memory.cuda import copy_columns
+from kvrdma.memory.copier import ReachedFence
+from kvrdma.memory.cuda import CudaCopier, CudaFence, copy_columns, find_copies, load_driver
 
 
 def test_columns_name_every_run_of_every_block() -> None:
@@ -22,6 +29,128 @@ def test_columns_name_every_run_of_every_block() -> None:
         assert sizes.tolist() == [50, 30, 50, 30]
 
 
+class HostDriver:
+    """The driver's calls on this process's memory: a copy is done when it is queued, until one fails."""
+
+    def __init__(self, events: list[str], *, fails_at: int | None = None) -> None:
+        self.events = events
+        self.fails_at = fails_at
+        self.n_copies = 0
+
+    def copy(self, target: int, source: int, nbytes: int) -> int:
+        if self.n_copies == self.fails_at:
+            return 700
+        self.n_copies += 1
+        self.events.append("copy")
+        ctypes.memmove(target, source, nbytes)
+        return 0
+
+
+class OldDriver(HostDriver):
+    def cuMemcpyAsync(self, target: Any, source: Any, nbytes: Any, stream: Any) -> int:
+        assert stream.value == 5
+        return self.copy(target.value, source.value, nbytes.value)
+
+
+class NewDriver(HostDriver):
+    def cuMemcpyBatchAsync(self, *columns: Any) -> int:
+        count = columns[3].value
+        assert count > 0
+        assert columns[-1].value == 5
+        rows = zip(
+            *(np.ctypeslib.as_array((ctypes.c_int64 * count).from_address(c.value)) for c in columns[:3]), strict=True
+        )
+        return next((code for code in (self.copy(*map(int, row)) for row in rows) if code), 0)
+
+
+class NewestDriver(NewDriver):
+    def cuMemcpyBatchAsync_v2(self, *columns: Any) -> int:
+        assert len(columns) == 8
+        return self.cuMemcpyBatchAsync(*columns)
+
+
+class HostCuda:
+    """A copier on a device that is this process's memory, with what it did in order."""
+
+    def __init__(self, driver: type[HostDriver], *, fails_at: int | None = None) -> None:
+        self.events: list[str] = []
+        self.layers = [np.random.default_rng(i).integers(0, 256, (10, 64), dtype=np.uint8) for i in range(2)]
+        runs = tuple(ByteRun(str(i), layer.ctypes.data, 64, 64) for i, layer in enumerate(self.layers))
+        self.pool = PinnedPool(128, 8, slab_nbytes=4 * 128)
+        self.copier: Any = object.__new__(CudaCopier)
+        self.copier._device = "cuda:0"
+        self.copier._groups = [(BlockLayout(10, runs, "cuda:0"), self.pool)]
+        stream = SimpleNamespace(
+            cuda_stream=5,
+            synchronize=lambda: self.events.append("synchronize"),
+            wait_event=lambda event: self.events.append("wait for the engine"),
+        )
+
+        class Streams(dict[Any, Any]):
+            def __missing__(self, way: Any) -> Any:
+                return stream
+
+        self.copier._streams = Streams()
+        event = SimpleNamespace(record=lambda stream: None, synchronize=lambda: None)
+        self.copier._torch = SimpleNamespace(
+            cuda=SimpleNamespace(device=contextlib.nullcontext, Event=lambda enable_timing: event)
+        )
+        self.copier._queue_copies = find_copies(driver(self.events, fails_at=fails_at))
+
+    def block(self, number: int) -> bytes:
+        return b"".join(layer[number].tobytes() for layer in self.layers)
+
+
+@pytest.fixture(params=[OldDriver, NewDriver, NewestDriver])
+def driver(request: pytest.FixtureRequest) -> type[HostDriver]:
+    found: type[HostDriver] = request.param
+    return found
+
+
+def column(*numbers: int) -> np.ndarray:
+    return np.array(numbers, dtype=np.int64)
+
+
+def test_with_any_driver_blocks_and_slots_are_copied_behind_the_fence(driver: type[HostDriver]) -> None:
+    cuda = HostCuda(driver)
+    fence = CudaFence(SimpleNamespace())
+    expected = [cuda.block(number) for number in (7, 0, 9)]
+    assert cuda.copier.gather(0, column(7, 0, 9), column(1, 6, 3), after=fence).nbytes == 3 * 128
+    assert [bytes(cuda.pool.view(slot)) for slot in (1, 6, 3)] == expected
+    cuda.copier.scatter(0, column(2, 3), column(6, 1), after=fence)
+    assert [cuda.block(2), cuda.block(3)] == [expected[1], expected[0]]
+    assert cuda.events == ["wait for the engine", *["copy"] * 6, "wait for the engine", *["copy"] * 4]
+    cuda.copier.gather(0, column(), column(), after=ReachedFence())
+
+
+def test_a_copy_that_is_refused_raises_once_the_device_is_done_with_the_memory(driver: type[HostDriver]) -> None:
+    cuda = HostCuda(driver, fails_at=3)
+    with pytest.raises(KVRDMAError, match="failed with error 700"):
+        cuda.copier.gather(0, column(7, 0, 9), column(1, 6, 3), after=ReachedFence())
+    assert cuda.events == ["copy", "copy", "copy", "synchronize"]
+
+
+@pytest.mark.parametrize(
+    ("blocks", "slots", "says"),
+    [
+        ([1, 2], [1], "2 blocks and 1 slots"),
+        ([1], [1, 2], "1 blocks and 2 slots"),
+        ([10], [0], "blocks must lie in 0..9"),
+        ([-1], [0], "blocks must lie in 0..9"),
+        ([0], [8], "slots must lie in 0..7"),
+        ([0], [-1], "slots must lie in 0..7"),
+    ],
+)
+def test_what_is_no_pair_of_a_block_and_a_slot_is_refused_before_anything_is_queued(
+    blocks: Sequence[int], slots: Sequence[int], says: str
+) -> None:
+    cuda = HostCuda(OldDriver)
+    for copy in (cuda.copier.gather, cuda.copier.scatter):
+        with pytest.raises(RegionError, match=says):
+            copy(0, column(*blocks), column(*slots), after=CudaFence(SimpleNamespace()))
+    assert cuda.events == []
+
+
 def cuda_device() -> bool:
     if importlib.util.find_spec("torch") is None:
         return False
@@ -32,10 +161,9 @@ def cuda_device() -> bool:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not cuda_device(), reason="needs a CUDA device: run it on a machine that has one")
-def test_gather_and_scatter_on_a_device() -> None:
+@pytest.mark.parametrize("one_by_one", [False, True], ids=["batch", "one by one"])
+def test_gather_and_scatter_on_a_device(one_by_one: bool) -> None:
     import torch
-
-    from kvrdma.memory.cuda import CudaCopier
 
     layers = [torch.randint(0, 255, (40, 4096), dtype=torch.uint8, device="cuda") for _ in range(3)]
     layout = BlockLayout(
@@ -43,6 +171,8 @@ def test_gather_and_scatter_on_a_device() -> None:
     )
     with PinnedPool(layout.nbytes, 40, slab_nbytes=16 * layout.nbytes) as pool:
         copier = CudaCopier("cuda:0")
+        if one_by_one:  # as with a driver that has no batches
+            copier._queue_copies = find_copies(SimpleNamespace(cuMemcpyAsync=load_driver().cuMemcpyAsync))
         copier.register(layout, pool)
         blocks, slots = np.arange(40)[::-1].copy(), np.random.default_rng(0).permutation(40)
         before = [layer.clone() for layer in layers]
