@@ -60,7 +60,7 @@ def thorough(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture
 def fuzzing(
-    request: pytest.FixtureRequest, thorough: bool, record_property: Callable[[str, object], None]
+    request: pytest.FixtureRequest, thorough: bool, record_testsuite_property: Callable[[str, object], None]
 ) -> Iterator[Fuzzing]:
     """Inputs that are almost right; the run's summary says how many there were."""
     seed = request.config.stash[_SEED]
@@ -69,4 +69,4 @@ def fuzzing(
     yield fuzzing
     counts = request.config.stash[_COUNTS]
     counts[request.node.nodeid] = counts.get(request.node.nodeid, 0) + fuzzing.count
-    record_property("fuzz_inputs", fuzzing.count)  # scripts/test.sh adds them up
+    record_testsuite_property("fuzz_inputs", fuzzing.count)  # scripts/test.sh adds them up
