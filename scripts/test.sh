@@ -5,8 +5,9 @@
 #   scripts/test.sh lint unit       these tiers
 #   scripts/test.sh --thorough ...  with long matrices, and a hundred times the inputs of fuzzing
 #
-# The last line is "N passed, N failed, N skipped"; the one before it counts the inputs of fuzzing. The lint tier counts as one test, and so does whatever else
-# makes a tier fail, such as a folder without tests: the line says "0 failed" exactly when the exit status is 0.
+# The last line is "N passed, N failed, N skipped"; the one before it counts the inputs of fuzzing. The lint tier
+# counts as one test, and so does whatever else makes a tier fail, such as a folder without tests: the line says
+# "0 failed" exactly when the exit status is 0.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

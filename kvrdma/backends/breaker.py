@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 FIRST_PAUSE_S: Final = 0.5
 LONGEST_PAUSE_S: Final = 15.0
+FORGET_S: Final = 60.0
 
 
 class BreakerState(Enum):
@@ -33,7 +34,9 @@ class BreakerState(Enum):
 class BreakerBackend(StorageBackend):
     """Turns failures of L2 into misses, and after one leaves it alone: 0.5 s at first, up to 15 s.
 
-    One call then tries again. Nothing raises but `delete` and `stats`, whose callers want to know.
+    One call then tries again. The pause is short again after a transfer that succeeds, or a minute without a
+    failure: a lookup alone does not show that bytes come through. Nothing raises but `delete` and `stats`, whose
+    callers want to know.
     """
 
     def __init__(self, inner: StorageBackend, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -43,6 +46,7 @@ class BreakerBackend(StorageBackend):
         self._state = BreakerState.CLOSED
         self._pause_s = FIRST_PAUSE_S
         self._retry_at = 0.0
+        self._failed_at = 0.0
         self._trial_is_long = False
         self.failures = 0
 
@@ -68,7 +72,7 @@ class BreakerBackend(StorageBackend):
         except Exception as error:  # whatever it is: it is a miss, and a trial must not stay open
             self._failed(error)
             return Lookup.unavailable(len(keys))
-        self._succeeded()
+        self._succeeded(moved_bytes=False)
         return answer
 
     def get_into(
@@ -136,15 +140,16 @@ class BreakerBackend(StorageBackend):
 
     def _judge(self, transfer: Transfer) -> None:
         if transfer.error is None:
-            self._succeeded()
+            self._succeeded(moved_bytes=bool(transfer.ok.any()))
         else:
             self._failed(transfer.error)
 
-    def _succeeded(self) -> None:
+    def _succeeded(self, *, moved_bytes: bool) -> None:
         with self._guard:
             was = self._state
             self._state = BreakerState.CLOSED
-            self._pause_s = FIRST_PAUSE_S
+            if moved_bytes:
+                self._pause_s = FIRST_PAUSE_S
         if was is not BreakerState.CLOSED:
             logger.warning("L2 answers again")
 
@@ -154,8 +159,9 @@ class BreakerBackend(StorageBackend):
             if self._state is BreakerState.OPEN:
                 return
             self._state = BreakerState.OPEN
-            pause = self._pause_s
-            self._retry_at = self._clock() + pause
+            now = self._clock()
+            pause = FIRST_PAUSE_S if now - self._failed_at > FORGET_S else self._pause_s
+            self._failed_at, self._retry_at = now, now + pause
             self._pause_s = min(LONGEST_PAUSE_S, 2 * pause)
         unexpected = None if isinstance(error, KVRDMAError) else error
         logger.warning("L2 failed and is left alone for %.1f s: %s", pause, error, exc_info=unexpected)

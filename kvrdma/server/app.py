@@ -222,7 +222,7 @@ class PoolServer:
             logger.warning("%s: %s", connection.peer, error)
             self._store.counts["protocol_errors"] += 1
             connection.send(protocol.Goodbye(0, str(error)))
-        except (TimeoutError, ConnectionError, EOFError) as error:
+        except (OSError, EOFError) as error:  # time-outs among them
             logger.debug("%s: %s", connection.peer, error or type(error).__name__)
         except asyncio.CancelledError:
             connection.send(protocol.Goodbye(0, "the server is shutting down"))

@@ -86,6 +86,8 @@ class Connection:
                 async with asyncio.timeout_at(deadline):
                     data = await self._reader.read(CHUNK_NBYTES)
             except TimeoutError:
+                if deadline is None or loop.time() < deadline:
+                    raise  # of the socket: the client has vanished
                 raise ProtocolError(f"a frame that was not whole after {FRAME_TIMEOUT_S:g} s") from None
             if not data:
                 return
@@ -101,7 +103,7 @@ class Connection:
     async def close(self) -> None:
         """Send what is queued, for at most a second, and end."""
         self._writer.close()
-        with contextlib.suppress(ConnectionError, TimeoutError, asyncio.CancelledError):
+        with contextlib.suppress(OSError, asyncio.CancelledError):
             await asyncio.wait_for(self._writer.wait_closed(), 1.0)
         self._writer.transport.abort()  # of a client that reads nothing: `Server.wait_closed` would wait for it
 

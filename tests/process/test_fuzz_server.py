@@ -7,9 +7,11 @@ import socket
 import struct
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import psutil
+import pytest
 from fuzzing import Fuzzer, Fuzzing
 from serving import (
     PATIENCE_S,
@@ -31,14 +33,48 @@ from kvrdma.transports.tcp.wire import Frame
 
 NOWHERE = RemoteRegion("tcp", 1 << 20, bytes(20))
 CONTENT = np.zeros((4, 4096), dtype=np.uint8)
-IN_A_ROW = 64  # inputs of one connection, where none of them ends it
+TOKEN = b"a token that only these tests know"
+IN_A_ROW = 16  # inputs of one connection; few of them end it, so that most are looked at
+
+
+class Served:
+    """A server with a token or without, and whoever knows it."""
+
+    def __init__(self, server: Server, token: bytes) -> None:
+        self.server = server
+        self.token = token
+        self.url = f"{server.url}?token_file={server.token_file}" if token else server.url
+
+    def raw(self) -> RawClient:
+        """A client by hand that has proved itself."""
+        raw = RawClient(self.server.port, hello=False)
+        raw.greet(self.token)
+        return raw
+
+
+@pytest.fixture(params=[b"", TOKEN], ids=["without a token", "with a token"])
+def served(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Served]:
+    arguments, token_file = ["-m", "kvrdma", "serve", "--port", "0", "--capacity", "64MiB"], ""
+    if request.param:
+        (tmp_path / "token").write_bytes(request.param)
+        token_file = str(tmp_path / "token")
+        arguments += ["--token-file", token_file]
+    with Server(arguments=arguments, token_file=token_file) as server:
+        yield Served(server, request.param)
+
+
+@pytest.fixture
+def client(served: Served) -> Iterator[Client]:
+    """A client of it with eight blocks of 64 KiB."""
+    with Client(served.url) as client:
+        yield client
 
 
 class Neighbour:
     """A client that behaves, beside the one that does not: every block that it gets is right."""
 
-    def __init__(self, server: Server) -> None:
-        self.server = server
+    def __init__(self, url: str) -> None:
+        self.url = url
         self.rounds = 0
         self.failures: list[str] = []
         self._stop = threading.Event()
@@ -46,7 +82,7 @@ class Neighbour:
         self._thread.start()
 
     def _work(self) -> None:
-        with Client(self.server.url, first=1000) as client:
+        with Client(self.url, first=1000) as client:
             while not self._stop.is_set():
                 try:
                     self._round(client)
@@ -70,10 +106,11 @@ class Neighbour:
 
 
 @contextlib.contextmanager
-def besieged(server: Server) -> Iterator[None]:
+def besieged(served: Served) -> Iterator[None]:
     """Around the attack: what must hold of the server when it is over."""
+    server = served.server
     process, clients = psutil.Process(server.process.pid), server.stats()["clients"]
-    neighbour = Neighbour(server)
+    neighbour = Neighbour(served.url)
     eventually(lambda: neighbour.rounds >= 2)
     descriptors, memory, before = process.num_fds(), process.memory_info().rss, neighbour.rounds
     try:
@@ -110,13 +147,15 @@ def leave(draw: Fuzzer, sock: socket.socket) -> None:
     sock.close()
 
 
-def test_before_the_hello(server: Server, fuzzing: Fuzzing) -> None:
-    """One connection an input."""
-    hello = protocol.preface() + protocol.encode(protocol.Hello(1, "almost", bytes(16)))
-    with besieged(server):
-        for draw in fuzzing.inputs(300, 20_000):
-            sock = socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE_S)
-            match draw.randrange(4):
+def test_before_authentication(served: Served, fuzzing: Fuzzing) -> None:
+    """One connection an input; some of them get as far as a challenge, none any further."""
+    inside = served.server.stats()
+    with besieged(served):
+        for draw in fuzzing.inputs(150, 10_000):
+            sock = socket.create_connection(("127.0.0.1", served.server.port), timeout=PATIENCE_S)
+            hello = protocol.preface() + protocol.encode(protocol.Hello(1, "almost", draw.randbytes(16)))
+            proof = protocol.encode(protocol.Proof(2, draw.randbytes(32)))
+            match draw.randrange(7):
                 case 0:
                     spill(sock, draw.randbytes(draw.randrange(200)))
                 case 1:
@@ -125,7 +164,15 @@ def test_before_the_hello(server: Server, fuzzing: Fuzzing) -> None:
                     spill(sock, hello[: draw.randrange(len(hello))])
                 case 3:
                     spill(sock, draw.mutated(hello))
+                case 4:
+                    spill(sock, hello + draw.mutated(proof))
+                case _:
+                    spill(sock, hello)
+                    with contextlib.suppress(OSError):
+                        sock.recv(1 << 16)  # the challenge, or its beginning
+                    spill(sock, draw.choice((proof, draw.mutated(proof), draw.frame(draw.body(draw.message())))))
             leave(draw, sock)
+    assert served.server.stats()["keyspaces"] <= inside["keyspaces"] + 1  # the neighbour's
 
 
 def requests(draw: Fuzzer, raw: RawClient, keyspace: int) -> protocol.Message:
@@ -142,20 +189,20 @@ def requests(draw: Fuzzer, raw: RawClient, keyspace: int) -> protocol.Message:
     return draw.choice(makers)()
 
 
-def test_after_the_hello(server: Server, client: Client, fuzzing: Fuzzing) -> None:
-    """Inputs in a row, up to the first one that ends the connection; with a data connection and without."""
+def test_after_authentication(served: Served, client: Client, fuzzing: Fuzzing) -> None:
+    """Inputs in a row, of which few end the connection; with a data connection and without."""
     assert client.put().result().all()
-    inputs = fuzzing.inputs(1500, 150_000)
-    with besieged(server):
+    inputs = fuzzing.inputs(800, 100_000)
+    with besieged(served):
         for draw in inputs:
-            raw = RawClient(server.port)
+            raw = served.raw()
             with contextlib.ExitStack() as stack:
                 if draw.chance(0.5):
                     stack.enter_context(data_stream(raw))
                 keyspace, out = raw.open(), bytearray()
                 for _ in range(IN_A_ROW):
                     message = requests(draw, raw, keyspace)
-                    if draw.chance(0.2):
+                    if draw.chance(0.1):
                         message = draw.altered(message)
                     body = draw.body(message) if draw.chance(0.02) else protocol.encode(message)[4:]
                     out += draw.frame(draw.mutated(body)) if draw.chance(0.02) else struct.pack(">I", len(body)) + body
@@ -176,36 +223,46 @@ def data_stream(raw: RawClient) -> Iterator[socket.socket]:
         yield sock
 
 
-def test_the_data_port_before_its_greeting(server: Server, fuzzing: Fuzzing) -> None:
-    with RawClient(server.port) as raw:
+def test_the_data_port_before_authentication(served: Served, fuzzing: Fuzzing) -> None:
+    with served.raw() as raw, besieged(served):
         address = parse_address(raw.data_address)
-    with besieged(server):
-        for draw in fuzzing.inputs(300, 20_000):
-            greeting = wire.Greeting(draw.randbytes(16), draw.randrange(2), draw.randrange(3), draw.randbytes(16))
+        for draw in fuzzing.inputs(150, 10_000):
+            ticket = raw.hello.ticket if draw.chance(0.7) else draw.randbytes(16)
+            count = draw.choice((1, 1, 2, 64, 65))
+            greeting = wire.Greeting(draw.randbytes(16), draw.randrange(count), count, ticket).encode()
             sock = socket.create_connection(address, timeout=PATIENCE_S)
-            match draw.randrange(3):
+            match draw.randrange(5):
                 case 0:
                     spill(sock, draw.randbytes(draw.randrange(200)))
                 case 1:
-                    spill(sock, draw.mutated(greeting.encode()))
+                    spill(sock, draw.mutated(greeting))
                 case 2:
-                    spill(sock, greeting.encode() + draw.randbytes(draw.randrange(100)))
+                    spill(sock, greeting + draw.randbytes(draw.randrange(100)))
+                case 3:
+                    spill(sock, greeting)
+                    with contextlib.suppress(OSError):
+                        sock.recv(wire.CHALLENGE_NBYTES)
+                    spill(sock, draw.randbytes(draw.choice((1, 32, 100))))
+                case 4:
+                    spill(sock, greeting[: draw.randrange(len(greeting))])
             leave(draw, sock)
+        with data_stream(raw):  # none of them took this session's place
+            assert isinstance(raw.call(get_request(raw, raw.open(), 1), protocol.GetReply), protocol.GetReply)
 
 
-def test_the_data_port_after_its_greeting(server: Server, client: Client, fuzzing: Fuzzing) -> None:
+def test_the_data_port_after_authentication(served: Served, client: Client, fuzzing: Fuzzing) -> None:
     """Frames in a row on the stream of a client that holds a lease: it reads nothing but what was exported."""
     assert client.put().result().all()
-    inputs = fuzzing.inputs(600, 60_000)
-    with besieged(server):
+    inputs = fuzzing.inputs(300, 40_000)
+    with besieged(served):
         for draw in inputs:
-            with RawClient(server.port) as raw, data_stream(raw) as sock:
+            with served.raw() as raw, data_stream(raw) as sock:
                 reply = raw.call(get_request(raw, raw.open(), client.n), protocol.GetReply)
                 token = reply.regions[0][2]
                 out = bytearray()
-                for op in range(IN_A_ROW // 4):
+                for op in range(IN_A_ROW // 2):
                     rows, offsets, sizes = (
-                        np.array([draw.int64() if draw.chance(0.05) else draw.randrange(most) for _ in range(3)])
+                        np.array([draw.int64() if draw.chance(0.01) else draw.randrange(most) for _ in range(3)])
                         for most in (1, 1 << 20, 1 << 16)
                     )
                     tokens = [token if draw.chance(0.9) else draw.randbytes(20)]

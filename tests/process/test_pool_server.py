@@ -447,14 +447,14 @@ def reads_without_end(raw: RawClient, data: socket.socket) -> None:
         data.sendall(wire.encode_request(wire.Frame.READ_REQUEST, number, 0, tokens, rows, offsets, sizes, 0))
 
 
-def test_no_wrong_byte_comes_though_leases_expire_and_blocks_are_evicted_meanwhile() -> None:
+def test_no_wrong_byte_comes_though_leases_expire_and_blocks_are_evicted_meanwhile(thorough: bool) -> None:
     """Clients that share keys, with time-outs that pass in the middle of everything."""
 
     def work(seed: int) -> list[int]:
         draw = random.Random(seed)
         came = []
         with Client(server.url, n=12, nbytes=1 << 20) as client:
-            for _ in range(60):
+            for _ in range(2000 if thorough else 60):
                 first = draw.randrange(12)
                 rows = range(first, min(12, first + draw.randrange(1, 7)))
                 chosen, timeout = slice(rows.start, rows.stop), draw.choice([0.005, 0.05, PATIENCE_S])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kvrdma.backends import GetStatus, GetTransfer, Lookup, PutStatus, PutTransfer, StorageBackend
-from kvrdma.backends.breaker import FIRST_PAUSE_S, LONGEST_PAUSE_S, BreakerBackend, BreakerState
+from kvrdma.backends.breaker import FIRST_PAUSE_S, FORGET_S, LONGEST_PAUSE_S, BreakerBackend, BreakerState
 from kvrdma.errors import BackendError, DeadlineError, KVRDMAError, TransportError
 from kvrdma.keys import KeyBatch, KeySpace
 from kvrdma.layout import Checksums, Shard
@@ -210,7 +210,25 @@ def test_the_pause_doubles_up_to_its_limit_and_starts_over_after_a_success(bench
         assert len(bench.store.calls) == calls
         bench.now += pause * 0.02
         pause = min(LONGEST_PAUSE_S, 2 * pause)
+    get = bench.get()
+    get.status[:] = GetStatus.OK
+    get.conclude()
+    bench.fail()
+    bench.now += FIRST_PAUSE_S
     assert bench.lookup().present.all()
+
+
+def test_a_lookup_that_succeeds_does_not_make_the_pause_short_again(bench: Bench) -> None:
+    """Where lookups go through and data does not, the store would be tried twice a second for ever."""
+    bench.fail()
+    bench.now += FIRST_PAUSE_S
+    assert bench.lookup().present.all()
+    bench.get().conclude(TransportError("broke"))
+    bench.now += FIRST_PAUSE_S * 1.5
+    assert bench.lookup().down
+    bench.now += FIRST_PAUSE_S
+    assert bench.lookup().present.all()
+    bench.now += FORGET_S  # so long without a failure: the next one is a new one
     bench.fail()
     bench.now += FIRST_PAUSE_S
     assert bench.lookup().present.all()

@@ -10,6 +10,7 @@ import logging
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,7 +30,15 @@ from kvrdma.backends.base import (
     verify,
 )
 from kvrdma.backends.pool.session import Deadline, Session
-from kvrdma.errors import BackendError, ClosedError, KVRDMAError, ProtocolError, RegionError, TransportError
+from kvrdma.errors import (
+    BackendError,
+    ClosedError,
+    DeadlineError,
+    KVRDMAError,
+    ProtocolError,
+    RegionError,
+    TransportError,
+)
 from kvrdma.keys import KeyBatch, KeySpace
 from kvrdma.layout import Checksums, Int64s, Shard
 from kvrdma.memory import Lease, Memory, Spans
@@ -210,7 +219,7 @@ class PoolBackend(StorageBackend):
             if not isinstance(offer, list) or len(offer) != 2 or not all(isinstance(x, str) for x in offer):
                 raise ProtocolError("pool server: an offer must be [scheme, address]")
             offers.append((offer[0], with_host(offer[1], self._host)))
-        failures = []
+        failures: list[KVRDMAError] = []
         for cls, address in negotiate(offers, self._order):
             try:
                 transport = self._transport(cls)
@@ -219,8 +228,9 @@ class PoolBackend(StorageBackend):
                 )
             except KVRDMAError as error:
                 logger.warning("transport %s to %s failed: %s", cls.scheme, address, error)
-                failures.append(str(error))
-        raise TransportError(f"no transport reaches the pool server: {'; '.join(failures)}")
+                failures.append(error)
+        kind = DeadlineError if all(isinstance(failure, DeadlineError) for failure in failures) else TransportError
+        raise kind(f"no transport reaches the pool server: {'; '.join(map(str, failures))}")
 
     def _transport(self, cls: type[Transport]) -> Transport:
         with self._guard:
@@ -276,6 +286,7 @@ class PoolBackend(StorageBackend):
         deadline = Deadline(timeout)
         session, number = self._ready(keyspace, deadline)
         endpoint = session.endpoint(self._connect_data, timeout=min(deadline.left(), self._connect_timeout))
+        asked = time.monotonic()
         reply = session.call(
             lambda seq: protocol.GetRequest(seq, number, shard.encode(), keys.tobytes()),
             protocol.GetReply,
@@ -294,10 +305,13 @@ class PoolBackend(StorageBackend):
                 arrived = np.bincount(wanted.key_row[~ranges_ok], minlength=wanted.n_keys) == 0
                 good = verify(keys[present], shard, wanted, checksums, arrived)
                 wrong = arrived & ~good
-                bad = columns[3][wrong]
                 rows = np.flatnonzero(present)
                 transfer.status[rows[good]] = GetStatus.OK
-                transfer.status[rows[wrong]] = GetStatus.CHECKSUM
+                if time.monotonic() < asked + reply.ttl_ms / 1000:
+                    bad = columns[3][wrong]
+                    transfer.status[rows[wrong]] = GetStatus.CHECKSUM
+                else:  # the lease may be over: another block lies there by now, and nothing is corrupt
+                    transfer.status[rows[wrong]] = GetStatus.MISSING
                 transfer.checksums[rows] = checksums
                 error = read.error
         finally:
