@@ -24,6 +24,7 @@ from kvrdma.settings import Settings
 
 N = 20 * BLOCK  # tokens of a prompt here
 N_LOOKED_UP = N // BLOCK - 1  # the last token is computed in any case
+N_FEW = 16  # tokens of an answer where a test needs many answers
 KV_BYTES = 30 * 2 * 3 * 64 * 4 * BLOCK  # of a block: layers, K and V, heads, values of a head, bytes of a value
 
 
@@ -235,7 +236,7 @@ def stopped_during(
 ) -> Iterator[None]:
     """The server stands still while the `get` or `put` that comes of the request "held" is under way."""
     file = witness.hold(engine.name, what, server.pid)
-    engine.ask("add", id="held", tokens=tokens)
+    engine.ask("add", id="held", tokens=tokens, max_tokens=N_FEW)
     try:
         eventually(f"a {what} has begun", lambda: not file.exists())
         eventually("the server stands", lambda: psutil.Process(server.pid).status() == psutil.STATUS_STOPPED)
@@ -248,7 +249,7 @@ def stopped_during(
 def retry(engine: EngineProcess, tokens: list[int]) -> dict[str, Any] | None:
     """Answer with an empty prefix cache; None while nothing is loaded (the breaker is open)."""
     engine.ask("reset", connector=False)
-    answer = engine.generate(tokens)
+    answer = engine.generate(tokens, max_tokens=N_FEW)
     return answer if loaded(answer) else None
 
 
@@ -453,8 +454,8 @@ def test_a_server_stopped_for_longer_than_any_deadline(
         assert_as_from_own_cache(plain, tokens, answer)
         other = prompt(text, 12)
         before = counters(reader)
-        answer = reader.generate(other, id="meanwhile")
+        answer = reader.generate(other, id="meanwhile", max_tokens=N_FEW)
         assert set(new_misses(before, answer)) <= {"tier_down", "not_yet"}
         assert_as_from_own_cache(plain, other, answer)
-        assert_as_from_own_cache(plain, other, writer.generate(other, id="meanwhile"))
+        assert_as_from_own_cache(plain, other, writer.generate(other, id="meanwhile", max_tokens=N_FEW))
     assert_used_again(pool, writer, reader, plain, text, witness, first=400)
