@@ -8,26 +8,36 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Client
 from pathlib import Path
 from typing import Any
 
+import psutil
 from processes import INTERRUPTS, EngineProcess, Process, ProcessError, Server
 from rich.console import Console
 from rich.table import Table
 
-ROOT = Path(__file__).resolve().parent.parent
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
 N_PROMPT_TOKENS = 1900
 N_ANSWER_TOKENS = 64
+BLOCK_TOKENS = 32  # as engine.py sets it
 N_PAIRS = 7
 PUT_TIMEOUT_S = 30.0
 
+TARGETS = {"hook_cpu_share_decode": 0.02, "hook_cpu_share_miss": 0.05, "cold_overhead_ratio": 1.05}
+
 progress = Console(stderr=True)
+output = Console()
 
 
 class StepError(Exception):
@@ -65,26 +75,84 @@ def wait_for_pool(server: Server, n_blocks: int) -> None:
         time.sleep(0.05)
 
 
-def overheads(ours: EngineProcess, plain: EngineProcess, prompt: list[int]) -> dict[str, float]:
-    """Misses and decoding, with the connector over without: medians of interleaved pairs of new prompts."""
-    samples: dict[str, list[dict[str, Any]]] = {"ours": [], "plain": []}
+@dataclass(frozen=True, slots=True)
+class CpuSeconds:
+    """Of an engine's processes: what kvrdma took (hooks and threads: metered.py), and all of it."""
+
+    kvrdma: float
+    all: float
+
+    def __sub__(self, before: CpuSeconds) -> CpuSeconds:
+        return CpuSeconds(self.kvrdma - before.kvrdma, self.all - before.all)
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Of one request: seconds of the engine's steps, and CPU seconds."""
+
+    steps_s: float
+    cpu: CpuSeconds
+
+
+class Measured:
+    """An engine, and what its requests cost. With kvrdma: its pool, and where the metered connector listens."""
+
+    def __init__(self, engine: EngineProcess, pool: Server | None = None, meters: Path | None = None) -> None:
+        self.misses: list[Cost] = []
+        self.decodes: list[Cost] = []
+        self._engine = engine
+        self._pool = pool
+        self._meters = meters
+        self._processes = [process := psutil.Process(engine.pid), *process.children(recursive=True)]
+
+    def measure(self, prompt: list[int]) -> None:
+        """A miss, and decoding.
+
+        A miss is a whole one: its step, and all that is saved and offloaded behind it. Decoding is that of the
+        same prompt again, which the engine has itself by then: nothing is saved in its steps.
+        """
+        stored = self._pool.stats()["blocks"] if self._pool is not None else 0
+        start = self._cpu()
+        answer = self._engine.generate(prompt, max_tokens=1)
+        if answer["cached_tokens"]:
+            raise StepError(f"a prompt that should have missed found {answer['cached_tokens']} tokens")
+        if self._pool is not None:
+            wait_for_pool(self._pool, stored + len(prompt) // BLOCK_TOKENS)
+        between = self._cpu()
+        self.misses.append(Cost(answer["ttft_s"], between - start))
+        answer = self._engine.generate(prompt, max_tokens=N_ANSWER_TOKENS)
+        self.decodes.append(Cost((N_ANSWER_TOKENS - 1) * answer["per_token_s"], self._cpu() - between))
+
+    def _cpu(self) -> CpuSeconds:
+        kvrdma = 0.0
+        for address in self._meters.iterdir() if self._meters is not None else ():
+            with Client(str(address), "AF_UNIX") as connection:
+                kvrdma += sum(connection.recv().values())
+        times = [process.cpu_times() for process in self._processes]
+        return CpuSeconds(kvrdma, sum(time.user + time.system for time in times))
+
+
+def overheads(ours: Measured, plain: Measured, prompt: list[int]) -> dict[str, float]:
+    """With the connector and without, in turn, with new prompts."""
     for pair in range(N_PAIRS):
         fresh = [prompt[0], 1000 + pair, *prompt[1:-1]]  # the second token makes every block a new one
-        order = [("ours", ours), ("plain", plain)]
-        for name, engine in order if pair % 2 else reversed(order):
-            answer = engine.generate(fresh, max_tokens=N_ANSWER_TOKENS, id=f"{name}-{pair}")
-            if answer["cached_tokens"]:
-                raise StepError(f"a prompt that should have missed found {answer['cached_tokens']} tokens")
-            samples[name].append(answer)
-    median = {
-        (name, key): statistics.median(answer[key] for answer in answers)
-        for name, answers in samples.items()
-        for key in ("ttft_s", "per_token_s")
-    }
-    return {
-        "cold_overhead_ratio": round(median["ours", "ttft_s"] / median["plain", "ttft_s"], 4),
-        "decode_overhead_ratio": round(median["ours", "per_token_s"] / median["plain", "per_token_s"], 4),
-    }
+        for engine in (ours, plain) if pair % 2 else (plain, ours):
+            engine.measure(fresh)
+
+    def ratio(cost: Callable[[Cost], float], of: str) -> float:
+        with_it, without = (statistics.median(map(cost, getattr(engine, of))) for engine in (ours, plain))
+        return with_it / without
+
+    figures = {}
+    for what, costs in (("decode", ours.decodes), ("miss", ours.misses)):
+        kvrdma_s = sum(cost.cpu.kvrdma for cost in costs)
+        figures[f"hook_cpu_share_{what}"] = kvrdma_s / sum(cost.steps_s for cost in costs)
+        figures[f"hook_cpu_ms_{what}"] = 1e3 * kvrdma_s / N_PAIRS
+    figures["cold_overhead_ratio"] = ratio(lambda cost: cost.steps_s, "misses")
+    figures["decode_overhead_ratio"] = ratio(lambda cost: cost.steps_s, "decodes")
+    figures["cold_cpu_ratio"] = ratio(lambda cost: cost.cpu.all, "misses")
+    figures["decode_cpu_ratio"] = ratio(lambda cost: cost.cpu.all, "decodes")
+    return {name: round(value, 4) for name, value in figures.items()}
 
 
 def run(*, baseline: bool) -> dict[str, Any]:
@@ -92,7 +160,7 @@ def run(*, baseline: bool) -> dict[str, Any]:
         model = str(ROOT / ".models" / "smollm2")
         with step("start kvrdma serve"):
             server = stack.enter_context(Server())
-        options = {"model": model, "settings": {"l1_bytes": "512MiB", "l2": server.url}}
+        options: dict[str, Any] = {"model": model, "settings": {"l1_bytes": "512MiB", "l2": server.url}}
         with step("start engine A"):
             a = stack.enter_context(EngineProcess(name="engine-A", **options))
             prompt, other = prompts(a)
@@ -101,11 +169,15 @@ def run(*, baseline: bool) -> dict[str, Any]:
             cold = a.generate(prompt, max_tokens=N_ANSWER_TOKENS, id="cold")
             local = a.generate(prompt, max_tokens=N_ANSWER_TOKENS, id="local")
         with step("the pool has every block of the prompt"):
-            block_tokens = 32
-            wait_for_pool(server, 2 * (len(prompt) // block_tokens))
+            wait_for_pool(server, 2 * (len(prompt) // BLOCK_TOKENS))
             stored = server.stats()
             a.close()
         with step("start engine B, a new process"):
+            if baseline:
+                meters = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvrdma-")))
+                options |= {"connector_class": "MeteredConnector", "connector_module": "metered"}
+                paths = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+                options["env"] = {"METER_FOLDER": str(meters), "PYTHONPATH": os.pathsep.join(paths)}
             b = stack.enter_context(EngineProcess(name="engine-B", **options))
             b.generate(other, id="warm-up")
             before = server.stats()
@@ -141,7 +213,9 @@ def run(*, baseline: bool) -> dict[str, Any]:
                 plain = stack.enter_context(EngineProcess(name="engine-plain", model=model, connector=False))
                 plain.generate(other, id="warm-up")
             with step(f"misses and decoding against it, {N_PAIRS} pairs"):
-                result |= overheads(b, plain, prompt)
+                figures = overheads(Measured(b, server, meters), Measured(plain), prompt)
+            show_overheads(figures)
+            result |= figures
         if not result["identical_output"]:
             print(json.dumps(result))
             raise StepError("engine B's answer is not the one that A gave from its own prefix cache")
@@ -178,7 +252,7 @@ def show(
             bytes_moved,
         )
     table.caption = "* with the warm-up's; it goes on behind the answer"
-    Console().print(table)
+    output.print(table)
 
 
 def interrupt(number: int, _: object) -> None:
@@ -188,10 +262,22 @@ def interrupt(number: int, _: object) -> None:
     raise KeyboardInterrupt(number)
 
 
+def show_overheads(figures: dict[str, float]) -> None:
+    table = Table(title=f"with kvrdma and without, {N_PAIRS} pairs in turn")
+    table.add_column("figure")
+    table.add_column("measured", justify="right")
+    table.add_column("at most", justify="right")
+    for name, value in figures.items():
+        table.add_row(name, f"{value}", f"{TARGETS[name]}" if name in TARGETS else "")
+    output.print(table)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Show that a second engine reuses the first one's KV cache.")
     parser.add_argument("--baseline", action="store_true", help="also measure against vLLM without the connector")
+    parser.add_argument("--json", action="store_true", help="nothing on stdout but the line of JSON")
     arguments = parser.parse_args()
+    output.quiet = arguments.json
     for number in INTERRUPTS:
         if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup
             signal.signal(number, interrupt)

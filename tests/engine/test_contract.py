@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import logging
+import threading
+import time
+from multiprocessing.connection import Client
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import metered
 import pytest
+from metered import MeteredConnector
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
@@ -53,6 +59,48 @@ def test_every_hook_has_the_signature_of_both_versions(name: str) -> None:
     ours = argument_names(function_of(KVRDMAConnector, name))
     assert ours == argument_names(function_of(KVConnectorBase_V1, name))
     assert ours == BASE_0_33[name]
+
+
+def test_the_metered_connector_measures_every_hook() -> None:
+    """All but the two that are called for each layer, and what is no method."""
+    methods = [name for name in OVERRIDDEN if inspect.isfunction(vars(KVRDMAConnector)[name])]
+    metered_ones = [name for name in methods if getattr(MeteredConnector, name) is not getattr(KVRDMAConnector, name)]
+    assert set(methods) - set(metered_ones) == {"wait_for_layer_load", "save_kv_layer"}
+    assert all(getattr(MeteredConnector, name).__wrapped__ is getattr(KVRDMAConnector, name) for name in metered_ones)
+
+
+def test_the_meter_counts_hooks_and_threads_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("METER_FOLDER", str(tmp_path))
+    monkeypatch.setattr(metered, "meter", functools.cache(metered.Meter))
+
+    def work() -> None:
+        until = time.thread_time() + 0.2
+        while time.thread_time() < until:
+            pass
+
+    def read() -> dict[str, float]:
+        with Client(str(next(tmp_path.iterdir())), "AF_UNIX") as connection:
+            answer: dict[str, float] = connection.recv()
+            return answer
+
+    metered.metered(lambda connector: work())(None)
+    assert read()["hooks_s"] >= 0.2
+    assert read()["threads_s"] == 0
+    done, read_meanwhile = threading.Event(), threading.Event()
+    for name in ("kvrdma-gather_0", "of somebody else"):
+
+        def run() -> None:
+            work()
+            done.set()
+            read_meanwhile.wait(30)
+
+        threading.Thread(target=run, name=name).start()
+        assert done.wait(30)
+        done.clear()
+    threads_s = read()["threads_s"]
+    read_meanwhile.set()
+    assert 0.2 <= threads_s < 0.4
+    assert read()["threads_s"] >= threads_s  # what has ended stays counted
 
 
 def test_what_0_33_adds_is_not_used_for_something_else() -> None:
