@@ -152,8 +152,8 @@ class EngineProcess(Process):
     """examples/engine.py; `start` begins it, the other calls wait until it is ready."""
 
     def __init__(self, *, name: str, env: dict[str, str] | None = None, **options: Any) -> None:
-        super().__init__([str(HERE / "engine.py"), json.dumps(options)], name=name, env=env)
         self._ready = False
+        super().__init__([str(HERE / "engine.py"), json.dumps(options)], name=name, env=env)
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
         """One command, one answer; raises `ProcessError`."""

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import uuid
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -55,3 +56,26 @@ def test_interrupted(number: signal.Signals, child: str) -> None:
         for process in marked(mark):
             process.kill()
         demo.wait()
+
+
+def test_interrupted_while_a_process_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interrupt waits until the process is noted, and what is half made can be closed."""
+    monkeypatch.syspath_prepend(str(DEMO.parent))
+    import processes
+
+    class Interrupted(subprocess.Popen[str]):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(processes.subprocess, "Popen", Interrupted)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            processes.EngineProcess(name="engine")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    [engine] = processes.Process.running
+    processes.Process.close_all()
+    assert processes.Process.running == []
+    assert not psutil.pid_exists(engine.pid)
