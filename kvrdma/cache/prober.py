@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final
@@ -21,7 +22,7 @@ _CONNECT_TIMEOUT_S: Final = 5.0
 
 
 class Prober:
-    """Answers probes in order; `on_answer` is called on its thread when `poll` has something new."""
+    """Answers probes in order, those that waited for `timeout` seconds without asking; `on_answer` is called on its thread when `poll` has something new."""
 
     def __init__(
         self,
@@ -35,7 +36,7 @@ class Prober:
         self._shards = tuple(shards)
         self._timeout = timeout
         self._on_answer = on_answer
-        self._probes: queue.SimpleQueue[Probe | None] = queue.SimpleQueue()
+        self._probes: queue.SimpleQueue[tuple[Probe, float] | None] = queue.SimpleQueue()
         self._answers: deque[ProbeAnswer] = deque()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="kvrdma-prober", daemon=True)
@@ -47,8 +48,9 @@ class Prober:
 
     def submit(self, probes: Sequence[Probe]) -> None:
         """Ask; returns at once."""
+        now = time.monotonic()
         for probe in probes:
-            self._probes.put(probe)
+            self._probes.put((probe, now))
 
     def poll(self) -> list[ProbeAnswer]:
         """The answers since the last call."""
@@ -70,9 +72,13 @@ class Prober:
             logger.warning("L2 does not answer yet: %s", error)
         except Exception:  # the thread must live on: lookups wait for it
             logger.exception("L2 could not be asked")
-        while (probe := self._probes.get()) is not None and not self._closed:
+        while (asked := self._probes.get()) is not None and not self._closed:
+            probe, since = asked
             try:
-                found = self._backend.lookup(probe.keys, self._shards, timeout=self._timeout)
+                if time.monotonic() - since < self._timeout:
+                    found = self._backend.lookup(probe.keys, self._shards, timeout=self._timeout)
+                else:  # nobody waits for it any more
+                    found = Lookup.unavailable(len(probe.keys))
             except KVRDMAError as error:
                 logger.info("probe %d: %s", probe.number, error)
                 found = Lookup.unavailable(len(probe.keys))

@@ -48,7 +48,7 @@ def probes(n: int) -> list[Probe]:
 def test_every_probe_is_answered_in_order_also_one_that_fails(failure: Exception) -> None:
     backend, told = SlowBackend(), threading.Semaphore(0)
     backend.failures = [failure]
-    prober = Prober(backend, [Shard(0, 0, 1, 0, 1)], timeout=1.0, on_answer=told.release)
+    prober = Prober(backend, [Shard(0, 0, 1, 0, 1)], timeout=PATIENCE_S, on_answer=told.release)
     prober.submit(probes(3))
     for _ in range(3):
         backend.go_on.release()
@@ -63,9 +63,28 @@ def test_every_probe_is_answered_in_order_also_one_that_fails(failure: Exception
     prober.close()
 
 
+def test_what_nobody_waits_for_any_more_is_not_asked() -> None:
+    """Behind one slow lookup: L2 has its time for those that somebody still waits for."""
+    backend, told = SlowBackend(), threading.Semaphore(0)
+    prober = Prober(backend, [Shard(0, 0, 1, 0, 1)], timeout=0.2, on_answer=told.release)
+    prober.submit(probes(3))
+    assert backend.begun.acquire(timeout=PATIENCE_S)
+    time.sleep(0.25)
+    for _ in range(4):
+        backend.go_on.release()
+    for _ in range(3):
+        assert told.acquire(timeout=PATIENCE_S)
+    assert backend.asked == [1]
+    assert [answer.down for answer in prober.poll()] == [False, True, True]
+    prober.submit(probes(1))
+    assert told.acquire(timeout=PATIENCE_S)
+    assert [answer.down for answer in prober.poll()] == [False]
+    prober.close()
+
+
 def test_a_close_waits_for_the_probe_under_way_and_no_other() -> None:
     backend = SlowBackend()
-    prober = Prober(backend, [Shard(0, 0, 1, 0, 1)], timeout=1.0)
+    prober = Prober(backend, [Shard(0, 0, 1, 0, 1)], timeout=PATIENCE_S)
     prober.submit(probes(3))
     assert backend.begun.acquire(timeout=PATIENCE_S)
     closing = threading.Thread(target=prober.close)

@@ -135,14 +135,17 @@ class WorkerHalf:
 
     def shutdown(self) -> None:
         """Let transfers end, within bounds, and give everything back."""
-        if self._agent is not None and self._agent.close():
-            if self._backend is not None:
-                self._backend.close()
+        agent, self._agent = self._agent, None
+        if agent is None:
+            return
+        ended = agent.close()
+        if self._backend is not None:
+            self._backend.close()  # ends the fetches and puts that are still under way
+        if ended:  # else a copy may be at the memory yet
             if self._copier is not None:
                 self._copier.close()
             if self._pool is not None:
                 self._pool.close()
-        self._agent = None
 
     def _learn(self, step: StepJobs) -> None:
         self._loads.update(step.loads)
