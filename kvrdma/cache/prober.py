@@ -22,7 +22,10 @@ _CONNECT_TIMEOUT_S: Final = 5.0
 
 
 class Prober:
-    """Answers probes in order, those that waited for `timeout` seconds without asking; `on_answer` is called on its thread when `poll` has something new."""
+    """Answers probes in order; those that have waited for `timeout` seconds without asking.
+
+    `on_answer` is called on its thread when `poll` has something new.
+    """
 
     def __init__(
         self,
