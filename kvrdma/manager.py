@@ -242,6 +242,7 @@ class KVCacheManager:
             self._check_open()
             if not self._changed.wait_for(lambda: self._closed or not self._index.growing, timeout):
                 return False
+            self._check_open()
             stats = self._index.stats()
             return bool(stats["l1_ready_blocks"] == stats["l1_capacity_blocks"])
 

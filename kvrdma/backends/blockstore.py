@@ -110,6 +110,8 @@ def slab_size(capacity_nbytes: int) -> int:
 class BlockStore:
     """Blocks by name, which is a key of `key_nbytes` and a shard, within a fixed capacity.
 
+    With `in_background` it begins with a part of it, and its owner calls `reserve_of_slabs.grow` for the rest.
+
     Raises:
         CapacityError: the capacity is less than one slab, or more than the host has.
     """
@@ -122,10 +124,12 @@ class BlockStore:
         slab_nbytes: int | None = None,
         source: SlabSource | None = None,
         key_nbytes: int = KEY_NBYTES,
+        in_background: bool = False,
     ) -> None:
         self.capacity_nbytes = capacity_nbytes
-        self.reserve_of_slabs = SlabReserve(capacity_nbytes, slab_nbytes or slab_size(capacity_nbytes), source=source)
-        self._n_slabs = len(self.reserve_of_slabs.slabs)
+        self.reserve_of_slabs = SlabReserve(
+            capacity_nbytes, slab_nbytes or slab_size(capacity_nbytes), source=source, in_background=in_background
+        )
         self._policy = policy
         self._key_nbytes = key_nbytes
         self._classes: dict[int, SizeClass] = {}
@@ -287,7 +291,8 @@ class BlockStore:
             "blocks": len(self._entries),
             "bytes": self._nbytes,
             "capacity_bytes": self.capacity_nbytes,
-            "slabs": self._n_slabs,
+            "slabs": self.reserve_of_slabs.n_slabs,
+            "ready_slabs": self.reserve_of_slabs.n_ready,
             "free_slabs": self._n_free_slabs,
             "keyspaces": len(self._spaces),
             "size_classes": len(self._classes),
@@ -407,7 +412,7 @@ class BlockStore:
         if victims:
             age = self._clock - self._entries[victims[0]].used
             return self._clock - _mean_use(slab) > _COLDER * age
-        share = self._n_slabs // (len(self._classes) + (size_class.nbytes not in self._classes))
+        share = self.reserve_of_slabs.n_slabs // (len(self._classes) + (size_class.nbytes not in self._classes))
         return len(size_class.slabs) < max(1, share)
 
     def _take_slab(self, size_class: SizeClass) -> None:

@@ -5,7 +5,8 @@ from kvrdma.memory.growth import PoolGrowth
 from kvrdma.memory.limits import available_memory_nbytes
 from kvrdma.memory.numa import node_of_device
 from kvrdma.memory.pool import Lease, PinnedPool, Spans
-from kvrdma.memory.slab import MemfdSlabs, Memory, SlabReserve, SlabSource
+from kvrdma.memory.reserve import SlabReserve
+from kvrdma.memory.slab import MemfdSlabs, Memory, SlabSource
 from kvrdma.memory.slots import SlotAllocator
 
 __all__ = [

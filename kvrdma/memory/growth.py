@@ -82,7 +82,7 @@ class PoolGrowth:
         if n and n * pool.slot_stride + HEADROOM_NBYTES > available:
             raise CapacityError(
                 f"{available} bytes are available, of which {HEADROOM_NBYTES} are left to the engine; "
-                "a smaller l1_bytes would fit, or a higher limit of the container"
+                "a smaller size would fit, or a higher limit of the container"
             )
         added = pool.grow(n)
         for memory in added:

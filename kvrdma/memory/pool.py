@@ -17,7 +17,7 @@ from kvrdma.memory.slab import MemfdSlabs, Memory, SlabSource
 from kvrdma.memory.slots import SlotAllocator
 
 SLOT_ALIGNMENT: Final = 64
-DEFAULT_SLAB_NBYTES: Final = 256 << 20
+DEFAULT_SLAB_NBYTES: Final = 128 << 20
 _MAX_SLABS: Final = 256  # each has two descriptors (the mapping has one of its own) and a registration
 
 

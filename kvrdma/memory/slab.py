@@ -214,50 +214,6 @@ class MemfdSlabs:
             )
 
 
-class SlabReserve:
-    """Slabs of one size, all made at the start and handed out whole: what size classes share."""
-
-    def __init__(self, capacity_nbytes: int, slab_nbytes: int, *, source: SlabSource | None = None) -> None:
-        self._source: SlabSource = MemfdSlabs() if source is None else source
-        self.slab_nbytes = slab_nbytes
-        n_slabs, available = capacity_nbytes // slab_nbytes, self._source.available_nbytes()
-        if n_slabs < 1:
-            raise CapacityError(f"capacity of {capacity_nbytes} bytes: less than one slab of {slab_nbytes} bytes")
-        if capacity_nbytes > available:
-            raise CapacityError(f"capacity of {capacity_nbytes} bytes: the host has {available} bytes available")
-        self.slabs: list[Memory] = []
-        try:
-            for _ in range(n_slabs):
-                self.slabs.append(self._source.allocate(slab_nbytes))
-        except BaseException:
-            self.close()
-            raise
-        self._free = list(reversed(self.slabs))
-
-    def available_nbytes(self) -> int:
-        """What was not handed out."""
-        return len(self._free) * self.slab_nbytes
-
-    def allocate(self, nbytes: int) -> Memory:
-        """Hand out one slab; raises `CapacityError` where none is left or it is too small."""
-        if nbytes > self.slab_nbytes or not self._free:
-            raise CapacityError(f"{nbytes} bytes asked for: {len(self._free)} slabs of {self.slab_nbytes} are left")
-        return self._free.pop()
-
-    def release(self, memory: Memory) -> None:
-        """Take a slab back."""
-        self._free.append(memory)
-
-    def cancel(self) -> None:
-        """Nothing to do: to hand out a slab takes no time."""
-
-    def close(self) -> None:
-        """Give every slab back to where they came from."""
-        slabs, self.slabs, self._free = self.slabs, [], []
-        for memory in slabs:
-            self._source.release(memory)
-
-
 def _on(call: Any, array: NDArray[np.uint8], *arguments: int) -> int:
     """A call of libc on an array's memory: 0, or not, where it is refused."""
     return int(call(ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes), *arguments))

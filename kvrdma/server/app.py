@@ -15,6 +15,7 @@ from typing import Any, Final
 from kvrdma import protocol
 from kvrdma.backends.blockstore import BlockStore, check_capacity
 from kvrdma.errors import AuthenticationError, ConfigError, ProtocolError, TransportError
+from kvrdma.memory import Memory
 from kvrdma.metrics import Metrics
 from kvrdma.policies import policies
 from kvrdma.protocol import StatsRequest
@@ -82,7 +83,7 @@ class PoolServer:
 
     def __init__(self, settings: ServerSettings) -> None:
         self.settings = settings
-        self._store = BlockStore(settings.capacity, policies.get(settings.policy))
+        self._store = BlockStore(settings.capacity, policies.get(settings.policy), in_background=True)
         self._transports: dict[str, Transport] = {}
         self._listeners: list[Listener] = []
         self._slabs: dict[str, Slabs] = {}
@@ -117,6 +118,7 @@ class PoolServer:
             )
             if self.settings.metrics_port is not None:
                 self._exporter = Exporter(self.stats, self.settings.host, self.settings.metrics_port, loop)
+            self._store.reserve_of_slabs.grow(self._register)
         except OSError as error:
             await self.stop()
             raise TransportError(
@@ -151,6 +153,7 @@ class PoolServer:
             self._exporter = None
         for listener in self._listeners:
             listener.close()
+        self._store.reserve_of_slabs.stop_growing()
         for transport in self._transports.values():
             transport.close()
         self._transports.clear()
@@ -173,12 +176,9 @@ class PoolServer:
     def _open_transport(self, scheme: str, loop: asyncio.AbstractEventLoop) -> None:
         transport = transports.get(scheme)()
         self._transports[scheme] = transport
-        slabs = Slabs({}, {})
+        self._slabs[scheme] = Slabs({}, {})
         for memory in self._store.reserve_of_slabs.slabs:
-            region = transport.register(memory)
-            slabs.regions[id(memory)] = region
-            slabs.exports[id(memory)] = transport.export(region, Rights.READ)
-        self._slabs[scheme] = slabs
+            self._register_with(scheme, memory)
         host = f"[{self.settings.host}]" if ":" in self.settings.host else self.settings.host
         listener = transport.listen(f"{host}:{self.settings.data_port}", secret_of=self._secret_of)
 
@@ -187,6 +187,16 @@ class PoolServer:
 
         listener.on_endpoint(on_endpoint)
         self._listeners.append(listener)
+
+    def _register(self, memory: Memory) -> None:
+        """A slab has come, which nobody has yet; on the thread that makes them."""
+        for scheme in self._transports:
+            self._register_with(scheme, memory)
+
+    def _register_with(self, scheme: str, memory: Memory) -> None:
+        transport, slabs = self._transports[scheme], self._slabs[scheme]
+        slabs.regions[id(memory)] = region = transport.register(memory)
+        slabs.exports[id(memory)] = transport.export(region, Rights.READ)
 
     def _secret_of(self, ticket: bytes) -> bytes | None:
         """On a transport's thread."""

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from paced import PATIENCE_S, PLENTY, PacedSlabs
 
 from kvrdma.backends import open_backend
 from kvrdma.backends.breaker import BreakerBackend
@@ -19,41 +20,14 @@ from kvrdma.cache import BlockStatus, CacheIndex, IndexOptions, Job, JobKind, Po
 from kvrdma.errors import CapacityError, ClosedError, RegionError
 from kvrdma.keys import pack_keys
 from kvrdma.layout import Shard
-from kvrdma.memory import Lease, MemfdSlabs, Memory, PinnedPool, PoolGrowth
+from kvrdma.memory import Lease, MemfdSlabs, Memory, PinnedPool, PoolGrowth, SlabReserve
 from kvrdma.memory.growth import HEADROOM_NBYTES
 from kvrdma.memory.slab import PAGE_NBYTES
 from kvrdma.policies.lru import LruPolicy
 from kvrdma.policies.offload import OffloadAll
 from kvrdma.settings import Settings
 
-PATIENCE_S = 30.0
 PER_SLAB = 4
-PLENTY = 1 << 60
-
-
-class PacedSlabs(MemfdSlabs):
-    """Real slabs: the first at once, each other one when the test says so."""
-
-    def __init__(self) -> None:
-        super().__init__(lock=False)
-        self.permits = threading.Semaphore(1)
-        self.failure: Exception | None = None
-        self.available = PLENTY
-        self.asked = threading.Semaphore(0)
-
-    def allocate(self, nbytes: int) -> Memory:
-        self.asked.release()
-        assert self.permits.acquire(timeout=PATIENCE_S)
-        if self.failure is not None:
-            raise self.failure
-        return super().allocate(nbytes)
-
-    def available_nbytes(self) -> int:
-        return min(super().available_nbytes(), self.available)
-
-    def cancel(self) -> None:
-        super().cancel()
-        self.permits.release()
 
 
 class Growing:
@@ -172,7 +146,7 @@ def test_a_growth_leaves_memory_for_the_engine() -> None:
     assert growing.changes.acquire(timeout=PATIENCE_S)
     growing.growth._thread.join(PATIENCE_S)
     assert growing.growth.n_ready == PER_SLAB
-    assert "l1_bytes" in growing.growth.failure
+    assert "left to the engine" in growing.growth.failure
     growing.close()
 
 
@@ -280,6 +254,38 @@ def test_an_agent_of_a_whole_pool_says_so_once() -> None:
         assert agent.poll_pool() == PoolReport(0, 4, growing=False)
         assert agent.poll_pool() is None
         assert agent.close()
+
+
+# -- a reserve
+
+
+def test_a_reserve_grows_and_hands_out_only_what_is_prepared() -> None:
+    source = PacedSlabs()
+    reserve = SlabReserve(3 * PAGE_NBYTES, PAGE_NBYTES, source=source, in_background=True, first_nbytes=0)
+    first = reserve.allocate(PAGE_NBYTES)
+    asked, prepared = threading.Semaphore(0), threading.Semaphore(0)
+    slabs: list[Memory] = []
+
+    def prepare(memory: Memory) -> None:
+        slabs.append(memory)
+        asked.release()
+        assert prepared.acquire(timeout=PATIENCE_S)
+
+    reserve.grow(prepare)
+    source.permits.release()
+    assert asked.acquire(timeout=PATIENCE_S)
+    assert (reserve.n_slabs, reserve.n_ready, reserve.available_nbytes()) == (3, 1, 0)
+    with pytest.raises(CapacityError):
+        reserve.allocate(PAGE_NBYTES)
+    source.failure = CapacityError("no memory")
+    prepared.release()
+    source.permits.release()
+    assert reserve._growth is not None
+    reserve._growth._thread.join(PATIENCE_S)
+    assert (reserve.n_slabs, reserve.n_ready) == (2, 2)  # it knows that the third does not come
+    assert [reserve.allocate(PAGE_NBYTES)] == slabs
+    assert set(reserve.slabs) == {first, *slabs}
+    reserve.close()
 
 
 # -- the index: ranks whose pools grow at their own pace, in any order

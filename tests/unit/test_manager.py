@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 from holding import PATIENCE_S, HoldingBackend
+from paced import PacedSlabs
 
-from kvrdma.errors import ClosedError, DeadlineError
+from kvrdma.errors import CapacityError, ClosedError, DeadlineError
 from kvrdma.keys import KeySpace, block_keys
 from kvrdma.manager import KVCacheManager
 from kvrdma.settings import Settings
@@ -130,3 +131,73 @@ def test_everything_ends_with_the_manager(backend: HoldingBackend) -> None:
     waiting.join(PATIENCE_S)
     assert ended == [ClosedError]
     assert manager.pool.n_leases == 0
+
+
+# -- a pool that grows
+
+
+@pytest.fixture
+def paced(monkeypatch: pytest.MonkeyPatch) -> PacedSlabs:
+    """Real slabs of four slots, that come when the test says so."""
+    source = PacedSlabs()
+    monkeypatch.setattr("kvrdma.memory.pool.MemfdSlabs", lambda: source)
+    monkeypatch.setattr("kvrdma.memory.pool.DEFAULT_SLAB_NBYTES", 4 * NBYTES)
+    return source
+
+
+def grown(n_blocks: int, backend: HoldingBackend | None = None) -> KVCacheManager:
+    return KVCacheManager(SPACE, NBYTES, Settings(l1_bytes=n_blocks * NBYTES), backend=backend)
+
+
+def test_it_serves_while_its_pool_grows(paced: PacedSlabs) -> None:
+    with grown(12) as manager:
+        stats = manager.stats()
+        assert (stats["l1_ready_blocks"], stats["l1_free_blocks"], stats["l1_capacity_blocks"]) == (4, 4, 12)
+        assert manager.wait_until_grown(timeout=0.01) is False
+        write(manager)  # three blocks of the four
+        with pytest.raises(CapacityError, match="more slots are being added"), manager.acquire(PROMPT):
+            manager.reserve(range(100, 108))
+        paced.permits.release(2)
+        assert manager.wait_until_grown(timeout=PATIENCE_S)
+        with manager.acquire(PROMPT) as hit, manager.reserve(range(100, 136)) as reservation:
+            assert [view.tolist() for view in hit.views] == [[7] * NBYTES] * 3
+            assert len({view.ctypes.data for view in [*hit.views, *reservation.views]}) == 12
+            for view in reservation.views:
+                view[:] = 8
+            assert [view.tolist() for view in hit.views] == [[7] * NBYTES] * 3
+            assert reservation.commit(timeout=PATIENCE_S)
+        assert manager.stats()["l1_ready_blocks"] == 12
+
+
+def test_what_a_later_slab_holds_is_offloaded(paced: PacedSlabs, backend: HoldingBackend) -> None:
+    with grown(8, backend) as manager:
+        paced.permits.release()
+        assert manager.wait_until_grown(timeout=PATIENCE_S)
+        with manager.reserve(range(32)) as reservation:
+            for view in reservation.views:
+                view[:] = 9
+            assert reservation.commit(timeout=PATIENCE_S)
+        backend.land()
+        assert manager.flush(timeout=PATIENCE_S)
+        assert backend.blocks == dict.fromkeys(block_keys(SPACE, range(32)), bytes([9]) * NBYTES)
+
+
+def test_a_growth_that_fails_leaves_what_there_is(paced: PacedSlabs) -> None:
+    with grown(12) as manager:
+        paced.failure = CapacityError("no memory")
+        paced.permits.release()
+        assert manager.wait_until_grown(timeout=PATIENCE_S) is False
+        stats = manager.stats()
+        assert (stats["l1_ready_blocks"], stats["l1_capacity_blocks"], stats["l1_growth_failures"]) == (4, 12, 1)
+        write(manager)
+        with manager.acquire(PROMPT) as hit:
+            assert len(hit) == 3
+
+
+def test_a_close_does_not_wait_for_the_pool(paced: PacedSlabs) -> None:
+    manager = grown(12)
+    write(manager)
+    manager.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "kvrdma-growth"]
+    with pytest.raises(ClosedError):
+        manager.wait_until_grown()
