@@ -11,6 +11,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from typing import Final, Self
 
 import numpy as np
@@ -97,13 +98,7 @@ class KeySpace:
     @property
     def digest(self) -> bytes:
         """32 bytes over every field and its name."""
-        hasher = hashlib.blake2b(digest_size=DIGEST_NBYTES, person=b"kvrdma-space")
-        for field in fields(self):
-            for part in (field.name, str(getattr(self, field.name))):
-                raw = part.encode()
-                hasher.update(len(raw).to_bytes(4, "little"))
-                hasher.update(raw)
-        return hasher.digest()
+        return _digest(self)
 
     def to_fields(self) -> dict[str, str | int]:
         """Name every field, as the pool protocol sends it."""
@@ -120,6 +115,18 @@ class KeySpace:
     def differs(self, other: KeySpace) -> list[str]:
         """Name the fields in which two key spaces differ."""
         return [f.name for f in fields(self) if getattr(self, f.name) != getattr(other, f.name)]
+
+
+@lru_cache(maxsize=64)
+def _digest(keyspace: KeySpace) -> bytes:
+    """Remembered: every prompt's keys begin with it, and it takes as long as several of them."""
+    hasher = hashlib.blake2b(digest_size=DIGEST_NBYTES, person=b"kvrdma-space")
+    for field in fields(keyspace):
+        for part in (field.name, str(getattr(keyspace, field.name))):
+            raw = part.encode()
+            hasher.update(len(raw).to_bytes(4, "little"))
+            hasher.update(raw)
+    return hasher.digest()
 
 
 class KeyChain:
