@@ -26,10 +26,13 @@ from kvrdma.transports import Endpoint, MemoryRegion, Opcode, Priority, RemoteRe
 logger = logging.getLogger(__name__)
 
 MAX_LEASES: Final = 1024
+MAX_LEASED_KEYS: Final = 1 << 20  # of all leases of a connection
+MAX_GET_KEYS: Final = 1 << 18  # the reply of more would not fit a frame
 MAX_KEYSPACES: Final = 64
 MAX_KEYSPACE_NBYTES: Final = 16 << 10
 MAX_SHARDS: Final = 1024
 MAX_PUTS: Final = 1024
+MAX_PUT_NBYTES: Final = 64 << 20  # of the messages that tell of puts under way
 MAX_PUT_S: Final = 120.0
 ATTACH_TIMEOUT_S: Final = 5.0
 
@@ -88,8 +91,8 @@ class ClientSession:
         self._leases: dict[int, tuple[list[Entry], asyncio.TimerHandle, float]] = {}
         self._lease_numbers = itertools.count(1)
         self._endpoint: asyncio.Future[Endpoint] = asyncio.get_running_loop().create_future()
-        self._puts: set[asyncio.Task[None]] = set()
-        self._gets: set[asyncio.Task[None]] = set()  # those that wait for the data connection
+        self._puts: dict[asyncio.Task[None], int] = {}  # and the bytes of their columns
+        self._gets: dict[asyncio.Task[None], int] = {}  # those that wait for the data connection, and their keys
         self._handlers: dict[type[Message], Callable[[Any], Message | Awaitable[None] | None]] = {
             protocol.OpenKeySpace: self._open_keyspace,
             protocol.LookupRequest: self._lookup,
@@ -133,7 +136,7 @@ class ClientSession:
         else:
             self._endpoint.cancel()
         if self._puts or self._gets:
-            await asyncio.wait(self._puts | self._gets)
+            await asyncio.wait({*self._puts, *self._gets})
         for lease in list(self._leases):
             self._end_lease(lease)
 
@@ -173,11 +176,16 @@ class ClientSession:
         names = read_names(message.keys, message.shard)
         if len(self._leases) + len(self._gets) >= MAX_LEASES:
             return protocol.ErrorReply(message.seq, f"a connection holds at most {MAX_LEASES} leases")
+        if len(names) > MAX_GET_KEYS:
+            return protocol.ErrorReply(message.seq, f"a get names at most {MAX_GET_KEYS} keys")
+        held = sum(self._gets.values()) + sum(len(entries) for entries, *_ in self._leases.values())
+        if held + len(names) > MAX_LEASED_KEYS:
+            return protocol.ErrorReply(message.seq, f"a connection's leases hold at most {MAX_LEASED_KEYS} blocks")
         if self._endpoint.done():
             return self._lease(message, names)
         task = asyncio.get_running_loop().create_task(self._get_later(message, names))
-        self._gets.add(task)
-        task.add_done_callback(self._gets.discard)
+        self._gets[task] = len(names)
+        task.add_done_callback(self._gets.pop)
         return None
 
     async def _get_later(self, message: protocol.GetRequest, names: list[bytes]) -> None:
@@ -235,6 +243,9 @@ class ClientSession:
         self._check_keyspace(message.keyspace)
         if len(self._puts) >= MAX_PUTS:
             return protocol.ErrorReply(message.seq, f"a connection has at most {MAX_PUTS} puts under way")
+        told_nbytes = sum(map(len, (message.keys, message.checksums, message.spans)))
+        if sum(self._puts.values()) + told_nbytes > MAX_PUT_NBYTES:
+            return protocol.ErrorReply(message.seq, f"puts under way are told of in at most {MAX_PUT_NBYTES} bytes")
         names = read_names(message.keys, message.shard)
         spans = protocol.unpack_columns(message.spans, 4, what="put: spans")
         checksums = np.frombuffer(message.checksums, dtype="<u8") if len(message.checksums) % 8 == 0 else None
@@ -258,8 +269,8 @@ class ClientSession:
             raise ProtocolError("put: spans do not fit their keys and regions")
         put = _Put(message, names, spans, regions, checksums)
         task = asyncio.get_running_loop().create_task(self._put(put))
-        self._puts.add(task)
-        task.add_done_callback(self._puts.discard)
+        self._puts[task] = told_nbytes
+        task.add_done_callback(self._puts.pop)
         return None
 
     async def _put(self, put: _Put) -> None:

@@ -6,15 +6,17 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from kvrdma import protocol
 from kvrdma.backends.blockstore import BlockStore
 from kvrdma.errors import ProtocolError
-from kvrdma.keys import KeySpace
+from kvrdma.keys import KEY_NBYTES, KeySpace
 from kvrdma.layout import Shard
 from kvrdma.policies import policies
 from kvrdma.protocol import Message
+from kvrdma.server import session
 from kvrdma.server.session import MAX_KEYSPACES, MAX_SHARDS, ClientSession, Slabs
 
 SPACE = KeySpace("m", "w", "c", "bfloat16", "a", head_size=64, layers=2, block_tokens=4)
@@ -27,14 +29,14 @@ def with_session(talk: Callable[[Callable[[Message], Message]], None]) -> None:
     async def scenario() -> None:
         said: list[Message] = []
         store = BlockStore(8 << 20, policies.get("lru"))
-        session = ClientSession("peer", b"t", store, lambda _: Slabs({}, {}), said.append, lease_s=30)
+        client = ClientSession("peer", b"t", store, lambda _: Slabs({}, {}), said.append, lease_s=30)
 
         def ask(message: Message) -> Message:
-            session.handle(message)
+            client.handle(message)
             return said.pop()
 
         talk(ask)
-        await session.end()
+        await client.end()
         store.close()
 
     asyncio.run(scenario())
@@ -82,3 +84,33 @@ def test_a_lookup_of_too_many_shards_is_refused() -> None:
             ask(protocol.LookupRequest(1, 0, bytes(16), [SHARD] * (MAX_SHARDS + 1)))
 
     with_session(talk)
+
+
+def test_what_waits_for_a_data_connection_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its size, not only by its number: a frame may be large, and a session holds it until it is done."""
+    n = 8
+    assert session.MAX_GET_KEYS * (4 * 8 + 8 + 1) < protocol.MAX_FRAME - 4096  # what the reply says of each
+    monkeypatch.setattr(session, "MAX_GET_KEYS", n)
+    monkeypatch.setattr(session, "MAX_LEASED_KEYS", 4 * n)
+    monkeypatch.setattr(session, "MAX_PUT_NBYTES", 4 * n * (16 + 8 + 4 * 8))
+
+    async def scenario() -> None:
+        said: list[Message] = []
+        store = BlockStore(8 << 20, policies.get("lru"))
+        client = ClientSession("peer", b"t", store, lambda _: Slabs({}, {}), said.append, lease_s=30)
+        client.handle(opening(SPACE))
+        for _ in range(5):
+            client.handle(protocol.GetRequest(2, 0, SHARD, bytes(KEY_NBYTES * n)))
+        client.handle(protocol.GetRequest(3, 0, SHARD, bytes(KEY_NBYTES * (n + 1))))
+        rows, zeros = np.arange(n, dtype=np.int64), np.zeros(n, dtype=np.int64)
+        spans = protocol.pack_columns(rows, zeros, zeros, zeros + 1)
+        put = protocol.PutRequest(4, 0, SHARD, bytes(16 * n), bytes(8 * n), [["tcp", 1, bytes(20)]], spans, 100_000)
+        for _ in range(5):
+            client.handle(put)
+        refused = [(reply.seq, reply.text) for reply in said if isinstance(reply, protocol.ErrorReply)]
+        assert [seq for seq, _ in refused] == [2, 3, 4]
+        assert all("at most" in text for _, text in refused)
+        await client.end()
+        store.close()
+
+    asyncio.run(scenario())
