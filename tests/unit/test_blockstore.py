@@ -480,6 +480,7 @@ class StoreMachine(RuleBasedStateMachine):
         wanted = names(*numbers)
         sizes = sizes[: len(wanted)]
         evicted = self.store.counts["evicted_blocks"]
+        live_sizes = {block.entry.nbytes for block in self._live()}
         entries = self.store.reserve(keyspace, wanted, sizes)
         given: dict[int, list[bool]] = {}
         seen: set[bytes] = set()
@@ -507,16 +508,18 @@ class StoreMachine(RuleBasedStateMachine):
         for size, flags in given.items():
             assert flags == sorted(flags, reverse=True)  # the leading ones
             if not all(flags):
-                self._had_no_more_to_give(size)
+                self._had_no_more_to_give(size, live_sizes | set(given))
 
-    def _had_no_more_to_give(self, size: int) -> None:
-        """Nothing of that size could go, and it has its share or no slab could come."""
+    def _had_no_more_to_give(self, size: int, sizes: set[int]) -> None:
+        """Nothing of that size could go, and it has its share or no slab could come.
+
+        Its share was that among `sizes`, some of which may have lost their last slab later in the same batch.
+        """
         held = {id(block.entry.memory) for block in [*self.reserved.values(), *self.readers]}
         live = self._live()
         assert not [b for b in self.there.values() if b.entry.nbytes == size and not b.pins]
         own = {id(block.entry.memory) for block in live if block.entry.nbytes == size}
-        n_classes = len({block.entry.nbytes for block in live} | {size})
-        assert len(held) == self.n_slabs or len(own) >= max(1, self.n_slabs // n_classes)
+        assert len(held) == self.n_slabs or len(own) >= max(1, self.n_slabs // len(sizes))
 
     @precondition(lambda self: self.reserved)
     @rule(pick=picks, stays=st.booleans())
