@@ -228,33 +228,44 @@ class Url:
         try:
             parts = urlsplit(text)
         except ValueError as error:
-            raise ConfigError(f"URL {text!r}: {error}") from None
+            raise ConfigError(f"URL {_without_options(text)!r}: {error}") from None
         if not parts.scheme or "://" not in text:
-            raise ConfigError(f"URL {text!r}: must look like scheme://host:port?option=value")
+            raise ConfigError(f"URL {_without_options(text)!r}: must look like scheme://host:port?option=value")
         if parts.fragment or "@" in parts.netloc:
             raise ConfigError(f"URL with scheme {parts.scheme!r}: no user, password or #fragment may be in it")
         hosts = tuple(_host(part, text) for part in parts.netloc.split(",") if part)
         try:
             pairs = parse_qsl(parts.query, strict_parsing=bool(parts.query), keep_blank_values=True)
         except ValueError:
-            raise ConfigError(f"URL {text!r}: options must look like ?name=value&name=value") from None
+            raise ConfigError(
+                f"URL {_without_options(text)!r}: options must look like ?name=value&name=value"
+            ) from None
         options = dict(pairs)
         if len(options) != len(pairs):
-            raise ConfigError(f"URL {text!r}: an option is given twice")
+            raise ConfigError(f"URL {_without_options(text)!r}: an option is given twice")
         return cls(parts.scheme.lower(), hosts, parts.path, options, text)
 
     def read_options(self, cls: type[T]) -> T:
         """Read the URL's options into a dataclass; raises `ConfigError`."""
-        return read_options(cls, self.options, where=f"URL {self.text!r}")
+        return read_options(cls, self.options, where=f"URL {_without_options(self.text)!r}")
 
     def one_host(self, *, default_port: int) -> tuple[str, int]:
         """Give the only host and its port; raises `ConfigError` where there are none or several."""
         if len(self.hosts) != 1:
-            raise ConfigError(f"URL {self.text!r}: exactly one host is needed, such as {self.scheme}://host")
+            raise ConfigError(
+                f"URL {_without_options(self.text)!r}: exactly one host is needed, such as {self.scheme}://host"
+            )
         if self.path not in {"", "/"}:
-            raise ConfigError(f"URL {self.text!r}: no path is expected after the host, got {self.path!r}")
+            raise ConfigError(
+                f"URL {_without_options(self.text)!r}: no path is expected after the host, got {self.path!r}"
+            )
         host, port = self.hosts[0]
         return host, default_port if port is None else port
+
+
+def _without_options(text: str) -> str:
+    """A URL as an error may show it: somebody may have written a secret among its options."""
+    return text.partition("?")[0]
 
 
 def _host(part: str, text: str) -> tuple[str, int | None]:

@@ -139,6 +139,7 @@ class BlockStore:
         self._last_generation = 0
         self._clock = 0
         self._nbytes = 0
+        self._n_zombies = 0  # gone, but still read
         self._keyspaces: dict[bytes, int] = {}
         self._spaces: dict[int, KeySpace] = {}
         self._space_numbers = itertools.count()
@@ -254,6 +255,7 @@ class BlockStore:
             if entry.pins == 0:
                 entry.slab.n_held -= 1
                 if entry.gone:
+                    self._n_zombies -= 1
                     self._free(entry)
                 else:
                     entry.slab.size_class.pinned.discard(entry.name)
@@ -298,6 +300,7 @@ class BlockStore:
             "size_classes": len(self._classes),
             "pinned_blocks": sum(row["pinned"] for row in by_size),
             "reserved_blocks": len(self._reserved),
+            "zombie_blocks": self._n_zombies,
             "by_size": by_size,
         }
 
@@ -358,6 +361,7 @@ class BlockStore:
             del self._blocks_in[entry.keyspace]
         if entry.pins:
             slab.size_class.pinned.discard(entry.name)
+            self._n_zombies += 1
         else:
             self._free(entry)
 

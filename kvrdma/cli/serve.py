@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import resource
 import signal
 import sys
 from typing import Annotated
@@ -12,6 +14,8 @@ import typer
 from kvrdma.errors import ConfigError
 from kvrdma.server import PoolServer, ServerSettings
 from kvrdma.settings import find_token, parse_names, parse_size
+
+logger = logging.getLogger(__name__)
 
 
 def serve(
@@ -41,7 +45,19 @@ def serve(
         metrics_port=metrics_port,
         max_clients=max_clients,
     )
+    _raise_descriptor_limit(max_clients)
     asyncio.run(_serve(PoolServer(settings)))
+
+
+def _raise_descriptor_limit(max_clients: int) -> None:
+    """Ask for what the clients may need: two descriptors each, and some more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 4 * max_clients + 2048
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        if soft < wanted:
+            logger.warning("%d descriptors are allowed, %d clients may need %d: ulimit -n", soft, max_clients, wanted)
 
 
 async def _serve(server: PoolServer) -> None:

@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from kvrdma.backends import open_backend
+from kvrdma.errors import ConfigError
 from kvrdma.metrics import quantile
-from kvrdma.settings import Settings
+from kvrdma.settings import Settings, parse_seconds
 
 _TABLES: Final = ("by_size", "seconds", "misses")
 
@@ -23,6 +24,10 @@ def stats(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
     """Show the counters of a store."""
+    try:
+        parse_seconds(timeout)
+    except ValueError as error:
+        raise ConfigError(f"--timeout {timeout}: must be {error}") from None
     with open_backend(url, Settings(token_file=token_file, connect_timeout=timeout)) as backend:
         found = backend.stats(timeout=timeout)
     if as_json:

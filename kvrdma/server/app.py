@@ -117,7 +117,8 @@ class PoolServer:
                 self._on_client, self.settings.host, self.settings.port, limit=CHUNK_NBYTES
             )
             if self.settings.metrics_port is not None:
-                self._exporter = Exporter(self.stats, self.settings.host, self.settings.metrics_port, loop)
+                self._exporter = Exporter(self.stats)
+                await self._exporter.start(self.settings.host, self.settings.metrics_port)
             self._store.reserve_of_slabs.grow(self._register)
         except OSError as error:
             await self.stop()
@@ -148,8 +149,7 @@ class PoolServer:
         if self._server is not None:
             await self._server.wait_closed()
         if self._exporter is not None:
-            # Elsewhere: a request that it is serving waits for this loop.
-            await asyncio.get_running_loop().run_in_executor(None, self._exporter.close)
+            self._exporter.close()
             self._exporter = None
         for listener in self._listeners:
             listener.close()

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Callable, Iterable
 from typing import Any, Final
-from wsgiref.simple_server import WSGIServer
 
 from kvrdma.errors import ConfigError, TransportError
 from kvrdma.metrics import SECONDS_BOUNDS
 
-_STATS_TIMEOUT_S: Final = 5.0
+REQUEST_TIMEOUT_S: Final = 5.0
+MAX_REQUESTS: Final = 16  # at once: whoever reaches the port needs no token, and must not be in anybody's way
+_MAX_HEAD_NBYTES: Final = 8 << 10
 _COUNTERS: Final = {
     # name: (what it is, label, {value of the label: name in the stats})
     "lookup_blocks": ("Blocks asked about.", "", {"": "lookup_blocks"}),
@@ -55,6 +55,7 @@ _GAUGES: Final = {
     "free_slabs": ("Slabs that belong to none.", "free_slabs"),
     "pinned_blocks": ("Blocks that somebody reads.", "pinned_blocks"),
     "reserved_blocks": ("Blocks that are being written.", "reserved_blocks"),
+    "zombie_blocks": ("Blocks that are gone, whose memory a reader still holds.", "zombie_blocks"),
     "leases": ("Leases held by clients.", "leases"),
     "clients": ("Clients connected.", "clients"),
     "keyspaces": ("Key spaces that were opened.", "keyspaces"),
@@ -63,56 +64,85 @@ _GAUGES: Final = {
 
 
 class Exporter:
-    """Serves the counters on a thread; each request asks the server's own loop for them.
+    """Answers `GET /metrics` on the server's own loop, a few at a time and each within seconds."""
 
-    Raises:
-        ConfigError: prometheus-client is not installed.
-        TransportError: the address is taken or not ours.
-    """
+    def __init__(self, stats: Callable[[], dict[str, Any]]) -> None:
+        self._stats = stats
+        self._server: asyncio.Server | None = None
+        self._n_open = 0
 
-    def __init__(
-        self, stats: Callable[[], dict[str, Any]], host: str, port: int, loop: asyncio.AbstractEventLoop
-    ) -> None:
+    async def start(self, host: str, port: int) -> None:
+        """Listen.
+
+        Raises:
+            ConfigError: prometheus-client is not installed.
+            TransportError: the address is taken or not ours.
+        """
         try:
-            from prometheus_client import CollectorRegistry, start_http_server
+            import prometheus_client  # noqa: F401 - for its absence to be told of now
         except ImportError:
             raise ConfigError("metrics port: prometheus-client is needed: pip install 'kvrdma[metrics]'") from None
-        registry = CollectorRegistry(auto_describe=False)
-        registry.register(_Collector(stats, loop))
         try:
-            self._server: WSGIServer
-            self._server, self._thread = start_http_server(port, addr=host, registry=registry)
+            self._server = await asyncio.start_server(self._serve, host, port, limit=_MAX_HEAD_NBYTES)
         except OSError as error:
             raise TransportError(f"metrics port: cannot listen on {host}:{port}: {error.strerror or error}") from error
 
     @property
     def port(self) -> int:
-        """Where it listens."""
-        return int(self._server.server_port)
+        """Where it listens, once started."""
+        assert self._server is not None
+        return int(self._server.sockets[0].getsockname()[1])
 
     def close(self) -> None:
         """Serve no more."""
-        self._server.shutdown()
-        self._server.server_close()
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
+        if self._server is not None:
+            self._server.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._n_open >= MAX_REQUESTS:
+            writer.transport.abort()
+            return
+        self._n_open += 1
+        try:
+            async with asyncio.timeout(REQUEST_TIMEOUT_S):
+                head = await reader.readuntil(b"\r\n\r\n")
+                writer.write(self._answer(head))
+                await writer.drain()
+                writer.close()
+                await writer.wait_closed()
+        except (OSError, EOFError, TimeoutError, asyncio.LimitOverrunError):
+            pass  # it left, or was too slow or too long
+        finally:
+            self._n_open -= 1
+            writer.transport.abort()
+
+    def _answer(self, head: bytes) -> bytes:
+        from prometheus_client import CollectorRegistry, generate_latest
+        from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+        method, _, rest = head.partition(b" ")
+        if method != b"GET" or rest.split(b" ")[0].split(b"?")[0] not in {b"/metrics", b"/"}:
+            return b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+        registry = CollectorRegistry(auto_describe=False)
+        registry.register(_Collector(self._stats()))
+        body = generate_latest(registry)
+        return (
+            f"HTTP/1.1 200 OK\r\nContent-Type: {CONTENT_TYPE_LATEST}\r\nContent-Length: {len(body)}\r\n"
+            "Connection: close\r\n\r\n"
+        ).encode() + body
 
 
 class _Collector:
-    """What prometheus-client calls for each request."""
+    """What prometheus-client asks for the families."""
 
-    def __init__(self, stats: Callable[[], dict[str, Any]], loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, stats: dict[str, Any]) -> None:
         self._stats = stats
-        self._loop = loop
 
     def describe(self) -> Iterable[Any]:
         return ()
 
     def collect(self) -> Iterable[Any]:
-        async def ask() -> dict[str, Any]:
-            return self._stats()
-
-        return families(asyncio.run_coroutine_threadsafe(ask(), self._loop).result(_STATS_TIMEOUT_S))
+        return families(self._stats)
 
 
 def families(stats: dict[str, Any]) -> Iterable[Any]:

@@ -31,6 +31,7 @@ MAX_GET_KEYS: Final = 1 << 18  # the reply of more would not fit a frame
 MAX_KEYSPACES: Final = 64
 MAX_KEYSPACE_NBYTES: Final = 16 << 10
 MAX_SHARDS: Final = 1024
+MAX_LOOKUP_PAIRS: Final = 1 << 20  # of key and shard: about 0.2 s, in which nobody else is served
 MAX_PUTS: Final = 1024
 MAX_PUT_NBYTES: Final = 64 << 20  # of the messages that tell of puts under way
 MAX_PUT_S: Final = 120.0
@@ -165,6 +166,8 @@ class ClientSession:
             isinstance(shard, bytes) and len(shard) == SHARD_NBYTES for shard in message.shards
         ):
             raise ProtocolError(f"lookup: 1 to {MAX_SHARDS} shards of {SHARD_NBYTES} bytes each are needed")
+        if len(keys) * len(message.shards) > MAX_LOOKUP_PAIRS:
+            return protocol.ErrorReply(message.seq, f"a lookup has at most {MAX_LOOKUP_PAIRS} pairs of key and shard")
         present = bytes(all(self._store.has(key + shard) for shard in message.shards) for key in keys)
         differs = [] if any(present) else self._store.nearest_filled(message.keyspace)
         self._store.counts["lookup_blocks"] += len(keys)

@@ -28,6 +28,7 @@ from serving import (
     eventually,
     get_request,
     lookup_request,
+    packed_keys,
     put_request,
 )
 
@@ -489,6 +490,17 @@ def test_a_get_may_come_before_the_data_connection_is_known(server: Server, clie
             reply = raw.receive()
             assert isinstance(reply, protocol.GetReply)
             assert reply.present == b"\1" * 8
+
+
+def test_a_lookup_that_would_hold_everybody_up_is_refused(server: Server, client: Client) -> None:
+    """A million pairs of key and shard are a fifth of a second of the server's only loop."""
+    assert client.put().result().all()
+    with RawClient(server.port) as raw:
+        keyspace = raw.open()
+        keys = packed_keys(1) * 30_000
+        raw.send(protocol.LookupRequest(raw.number(), keyspace, keys, [SHARD.encode()] * 1024))
+        assert isinstance(raw.receive(), protocol.ErrorReply)
+        assert client.found() == [True] * 8
 
 
 def test_a_ticket_that_is_not_the_servers_gets_no_data_connection(server: Server, client: Client) -> None:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 import subprocess
 import sys
 import urllib.request
 from pathlib import Path
 
+import psutil
 import pytest
-from serving import PATIENCE_S, Client, Program, Server
+from serving import PATIENCE_S, Client, Program, RawClient, Server, eventually, get_request
+
+from kvrdma import protocol
+from kvrdma.server.exporter import MAX_REQUESTS
+from kvrdma.transports.tcp import TcpTransport
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -75,6 +82,61 @@ def test_the_metrics_port() -> None:
         server.process.terminate()
         assert server.ended() == 0
         assert "Traceback" not in server.text
+
+
+def test_a_stranger_at_the_metrics_port_is_in_nobodys_way() -> None:
+    """More silent connections than it takes: they cost a few descriptors for seconds, and clients are served."""
+    serve = ("-m", "kvrdma", "serve", "--port", "0", "--capacity", "16MiB", "--metrics-port", "0")
+    with Server(arguments=serve) as server, contextlib.ExitStack() as stack:
+        port = int(server.says("metrics on http://127.0.0.1:").split("/")[0])
+        process = psutil.Process(server.process.pid)
+        descriptors = process.num_fds()
+        for _ in range(20 * MAX_REQUESTS):
+            stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S))
+        eventually(lambda: process.num_fds() <= descriptors + MAX_REQUESTS)
+        with Client(server.url) as client:
+            assert client.put().result().all()
+        eventually(lambda: process.num_fds() <= descriptors)  # each had its five seconds
+        assert metrics(port)['kvrdma_pool_put_blocks_total{outcome="stored"}'] == 8
+        assert "Traceback" not in server.text
+
+
+@pytest.mark.parametrize(
+    "request_line", [b"POST /metrics HTTP/1.1", b"GET /secrets HTTP/1.1", b"\xff\xfe", b"GET " + b"x" * 20_000]
+)
+def test_what_the_metrics_port_does_not_serve(request_line: bytes) -> None:
+    serve = ("-m", "kvrdma", "serve", "--port", "0", "--capacity", "16MiB", "--metrics-port", "0")
+    with Server(arguments=serve) as server:
+        port = int(server.says("metrics on http://127.0.0.1:").split("/")[0])
+        with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S) as sock:
+            sock.sendall(request_line + b"\r\n\r\n")
+            with contextlib.suppress(ConnectionError):
+                assert b"kvrdma_pool" not in sock.recv(1 << 16)
+        assert metrics(port)
+        assert "Traceback" not in server.text
+
+
+def test_blocks_that_are_gone_and_still_read_are_shown(server: Server, client: Client) -> None:
+    assert client.put().result().all()
+    with RawClient(server.port) as raw, TcpTransport() as transport:
+        raw.connect_data(transport)
+        raw.call(get_request(raw, raw.open(), 8), protocol.GetReply)
+        assert client.backend.delete(client.batch, timeout=PATIENCE_S) == 8
+        assert (server.stats()["blocks"], server.stats()["zombie_blocks"]) == (0, 8)
+    eventually(lambda: server.stats()["zombie_blocks"] == 0)
+
+
+@pytest.mark.parametrize("timeout", ["nan", "0", "-1"])
+def test_a_timeout_that_cannot_be(timeout: str) -> None:
+    ended = run("stats", "kvrdma://127.0.0.1:1", "--timeout", timeout)
+    assert ended.returncode == 2
+    assert "--timeout" in ended.stderr
+
+
+def test_a_secret_among_a_urls_options_is_not_shown() -> None:
+    ended = run("stats", "kvrdma://127.0.0.1:1?token=hunter2hunter2hunter2")
+    assert ended.returncode == 2
+    assert "hunter2" not in ended.stderr
 
 
 @pytest.mark.parametrize("port", ["70000", "-1"])

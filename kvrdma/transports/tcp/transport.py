@@ -177,7 +177,7 @@ class _Guest:
     buffer: bytearray = field(default_factory=lambda: bytearray(wire.GREETING_NBYTES))
     have: int = 0
     greeting: wire.Greeting | None = None
-    secret: bytes = b""
+    secret: bytes = field(default=b"", repr=False)
     challenge: bytes = field(default_factory=make_nonce)
     proved: bool = False
     timer: Timer | None = None
