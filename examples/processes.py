@@ -115,8 +115,9 @@ class Process:
 class Server(Process):
     """`kvrdma serve` on a free port, or on the one given."""
 
-    def __init__(self, *, capacity: str = "512MiB", port: int = 0) -> None:
-        super().__init__(["-m", "kvrdma", "serve", "--port", str(port), "--capacity", capacity], name="kvrdma-serve")
+    def __init__(self, *, capacity: str = "512MiB", port: int = 0, env: dict[str, str] | None = None) -> None:
+        command = ["-m", "kvrdma", "serve", "--port", str(port), "--capacity", capacity]
+        super().__init__(command, name="kvrdma-serve", env=env)
         try:
             self.address = self._wait_listening()
         except BaseException:  # an interrupt too: nobody else knows of the process yet

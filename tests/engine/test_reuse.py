@@ -321,7 +321,7 @@ def test_two_fine_tunes_under_one_name_and_path(
     again.close()
 
 
-def test_an_engine_started_before_the_server(
+def test_an_engine_started_before_the_server_and_turned_away_by_another(
     start_engine: Callable[..., EngineProcess], text: list[int], witness: Witness
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -338,8 +338,17 @@ def test_an_engine_started_before_the_server(
     again = early.generate(tokens, max_tokens=8)
     assert loaded(again) == N_LOOKED_UP * BLOCK  # from L1, that needs no server
     assert again["tokens"] == local["tokens"]
+    numbers = itertools.count(100)
+    with Server(port=port, env={"KVRDMA_TOKEN": "a-token-that-the-engine-has-not"}):
+
+        def refused() -> bool:
+            other = early.generate([token % 500 for token in prompt(text, next(numbers))], id="probe", max_tokens=2)
+            assert (loaded(other), len(other["tokens"])) == (0, 2)
+            assert set(misses(other)) == {"tier_down"}
+            return "it wants a token" in early.log()
+
+        eventually("it is told that the server wants a token", refused, timeout=60)
     with Server(port=port) as server:
-        numbers = itertools.count(100)
 
         def stores() -> bool:
             early.generate([token % 500 for token in prompt(text, next(numbers))], id="probe", max_tokens=1)
