@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import secrets
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar, Final
 
 import numpy as np
@@ -377,6 +379,36 @@ class StorageBackendSuite:
         missing.release()
         assert bench.pool.n_leases == 0
 
+    def test_memory_is_left_alone_once_the_hold_has_ended(self, bench: Bench) -> None:
+        """Where the last reference goes the slots are somebody else's, who writes to them at once."""
+        n = 16
+        source, target = bench.pool.spans(range(n)), bench.pool.spans(range(32, 32 + n))
+        wanted = [bench.content(source, row) for row in range(n)]
+        seen: list[list[bytes]] = []
+
+        def reuse(spans: Spans, filler: int) -> None:
+            seen.append([bench.content(spans, row) for row in range(n)])
+            for row in range(n):
+                for part in spans.parts(row):
+                    part[:] = filler
+
+        for _ in range(8):
+            keys = bench.keys(n)
+            for row in range(n):
+                bench.pool.view(row)[:] = np.frombuffer(wanted[row], dtype=np.uint8)
+            checksums = bench.checksums(keys, source)
+            hold = Lease(np.arange(n), on_last=lambda: reuse(source, 0xAA))
+            put = bench.backend.put(keys, SHARD, source, checksums, hold=hold, timeout=PATIENCE_S)
+            hold.release()
+            assert put.result(PATIENCE_S).all()
+            seen.clear()
+            hold = Lease(np.arange(32, 32 + n), on_last=lambda: reuse(target, 0xBB))
+            got = bench.backend.get_into(keys, SHARD, target, hold=hold, timeout=PATIENCE_S)
+            hold.release()
+            assert got.result(PATIENCE_S).all(), "a put read its memory after its hold had ended"
+            assert seen == [wanted], "a get's hold ended before the bytes were there"
+            assert all(set(bench.content(target, row)) == {0xBB} for row in range(n))
+
     def test_memory_that_was_never_registered(self, bench: Bench) -> None:
         """An error or FAILED, and the backend is of use afterwards."""
         if not self.needs_registration:
@@ -490,8 +522,42 @@ class StorageBackendSuite:
         assert not wrong
         assert not any(thread.is_alive() for thread in threads)
 
+    def test_two_puts_of_one_key_at_once(self, bench: Bench) -> None:
+        """One of them stores it, and its bytes are got; the other finds it there or is declined."""
+        n = 8
+        sources, target = [bench.pool.spans(range(i, i + n)) for i in (0, 16)], bench.pool.spans(range(32, 32 + n))
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)  # threads of one process change places between any two steps
+        try:
+            for _ in range(30):
+                keys = bench.keys(n)
+                puts = put_at_once(bench, keys, sources)
+                assert bench.get(keys, target).ok.all()
+                for row in range(n):
+                    said = [PutStatus(put.status[row]) for put in puts]
+                    assert said.count(PutStatus.STORED) == 1, said
+                    winner = said.index(PutStatus.STORED)
+                    assert said[1 - winner] in {PutStatus.EXISTS, PutStatus.DECLINED}
+                    assert bench.content(target, row) == bench.content(sources[winner], row)
+        finally:
+            sys.setswitchinterval(interval)
+
     def test_stats_are_numbers_by_name(self, bench: Bench) -> None:
         """Whatever they are, there are some."""
         assert bench.put(bench.keys(2), bench.pool.spans([0, 1])).ok.all()
         stats = bench.backend.stats(timeout=PATIENCE_S)
+        assert stats
         assert all(isinstance(name, str) for name in stats)
+
+
+def put_at_once(bench: Bench, keys: KeyBatch, sources: list[Spans]) -> list[PutTransfer]:
+    """Put the same keys from several threads that begin together."""
+    checksums = [bench.checksums(keys, spans) for spans in sources]
+    together = threading.Barrier(len(sources))
+
+    def put(number: int) -> PutTransfer:
+        together.wait(PATIENCE_S)
+        return bench.put(keys, sources[number], checksums=checksums[number])
+
+    with ThreadPoolExecutor(len(sources)) as threads:
+        return list(threads.map(put, range(len(sources))))

@@ -161,6 +161,14 @@ class CoordinatorSuite:
         results = self.run_ranks(world, share_with_nobody_taking)
         assert results[0] > 0
 
+    @pytest.mark.parametrize("behind", [1, -1])
+    def test_one_order_where_rank_0_gave_up(self, world: int, behind: int) -> None:
+        """Rank 0 may hear `CoordinationLost` for one that is behind: the others then all have that batch, or none."""
+        shared, *taken = self.run_ranks(world, share_until_one_is_too_far_behind, behind % world)
+        assert all(jobs == taken[0] for jobs in taken)
+        rest = iter(taken[0])
+        assert all(job in rest for job in shared), "what rank 0 shared is not there, or not in its order"
+
     # -- ends
 
     def test_after_close(self) -> None:
@@ -367,6 +375,42 @@ def share_with_nobody_taking(coordinator: Coordinator) -> int:
     except CoordinationLost:
         pass
     return calls
+
+
+def share_until_one_is_too_far_behind(coordinator: Coordinator, behind: int) -> list[Any]:
+    """One rank takes nothing until rank 0 has heard of it, or has shared many; then it takes, and rank 0 goes on."""
+    if coordinator.rank == behind:
+        meet(coordinator)
+        return take_all(coordinator)
+    if coordinator.rank != 0:
+        taking = in_a_thread(take_all, coordinator)
+        meet(coordinator)
+        taken: list[Any] = result_of(taking)
+        return taken
+    *jobs, first, second = shared_jobs(300)
+    shared: list[Job] = []
+    try:
+        for job in jobs:
+            shared += coordinator.share([job], timeout=0.05)
+            time.sleep(0.001)  # so that the others keep up, and one alone is behind
+    except CoordinationLost:
+        pass
+    meet(coordinator)
+    for job in (first, second, last_job()):
+        shared += share_again(coordinator, job)
+    return [describe(job) for job in shared[:-1]]
+
+
+def share_again(coordinator: Coordinator, job: Job) -> Sequence[Job]:
+    """Share a job, again and again where the others are still behind."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return coordinator.share([job], timeout=PATIENCE_S)
+        except CoordinationLost:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
 
 
 def call_after_close(coordinator: Coordinator) -> list[str]:

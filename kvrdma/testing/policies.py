@@ -85,6 +85,19 @@ class EvictionPolicySuite:
         policy.insert(key(1))
         assert sum(policy.touch(key(1)) for _ in range(20)) <= 1
 
+    @pytest.mark.parametrize("how", ["remove", "clear"])
+    def test_what_was_forgotten_is_new(self, how: str) -> None:
+        """What made a key hot makes it hot again; only of an evicted one may a policy remember anything."""
+        policy = self.make_policy(4)
+        policy.insert(key(1))
+        before = [policy.touch(key(1)) for _ in range(20)]
+        if how == "remove":
+            policy.remove(key(1))
+        else:
+            policy.clear()
+        policy.insert(key(1))
+        assert any(policy.touch(key(1)) for _ in range(20)) == any(before)
+
     @pytest.mark.parametrize("n", [0, -1])
     def test_no_victims_wanted(self, n: int) -> None:
         """None given."""
@@ -106,17 +119,21 @@ class EvictionPolicySuite:
         assert len(chosen) == 5
         assert policy.victims(1, is_pinned=lambda _: True) == []
 
-    def test_state_is_bounded(self) -> None:
+    @pytest.mark.parametrize("parents", ["none", "one of all", "the block before"])
+    def test_state_is_bounded(self, parents: str) -> None:
         """A policy that has seen 300 times its capacity is not larger than one that has seen 30 times of it."""
         capacity = 64
         policy = self.make_policy(capacity)
+
+        def parent(i: int) -> bytes | None:
+            return None if parents == "none" or i == 0 else key(0 if parents == "one of all" else i - 1)
 
         def churn(first: int, n: int) -> int:
             for i in range(first, first + n):
                 if len(policy) == capacity:
                     (victim,) = policy.victims(1, is_pinned=nothing_is_pinned)
                     policy.evict(victim)
-                policy.insert(key(i))
+                policy.insert(key(i), parent=parent(i))
                 if i % 3 == 0:
                     policy.touch(key(i))
                 if i % 7 == 0:
@@ -140,7 +157,7 @@ class EvictionPolicySuite:
         run_state_machine_as_test(
             Machine,
             settings=settings(
-                max_examples=60,
+                max_examples=3 * settings().max_examples // 5,
                 stateful_step_count=60,
                 deadline=None,
                 database=None,

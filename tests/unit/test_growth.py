@@ -382,7 +382,9 @@ class RanksMachine(RuleBasedStateMachine):
         assert self.index.growing == (not all(self.ended))
 
 
-RanksMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+RanksMachine.TestCase.settings = settings(
+    max_examples=settings.default.max_examples, stateful_step_count=40, deadline=None
+)
 TestRanks = RanksMachine.TestCase
 
 
@@ -475,7 +477,9 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool.close()
 
 
-PoolMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+PoolMachine.TestCase.settings = settings(
+    max_examples=3 * settings.default.max_examples // 5, stateful_step_count=40, deadline=None
+)
 TestPool = PoolMachine.TestCase
 
 
@@ -522,5 +526,7 @@ class LeaseMachine(RuleBasedStateMachine):
         self.pool.close()
 
 
-LeaseMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+LeaseMachine.TestCase.settings = settings(
+    max_examples=3 * settings.default.max_examples // 5, stateful_step_count=40, deadline=None
+)
 TestLeases = LeaseMachine.TestCase

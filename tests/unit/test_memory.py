@@ -280,7 +280,9 @@ class SlotsMachine(RuleBasedStateMachine):
 
 
 TestSlots = SlotsMachine.TestCase
-TestSlots.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestSlots.settings = settings(
+    max_examples=2 * settings.default.max_examples // 5, stateful_step_count=30, deadline=None
+)
 
 
 # -- pool and leases
@@ -625,7 +627,9 @@ def test_gather_and_scatter_against_a_loop(kind: str, seed: int) -> None:
         copier.close()
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(
+    max_examples=3 * settings.default.max_examples // 5, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 @given(st.data())
 def test_gather_then_scatter_gives_the_block_back(data: st.DataObject) -> None:
     n = data.draw(st.integers(1, 12))
