@@ -104,6 +104,27 @@ def test_what_comes_later_in_the_prompt_leaves_the_blocks_before_it_shared() -> 
     assert not set(late[2:]) & set(plain)
 
 
+def test_loras_that_differ_in_their_settings_alone_are_apart(tmp_path: Path) -> None:
+    """`lora_alpha` scales what the same tensors add to the model: other KV, under one name."""
+    one, other = adapter(tmp_path / "one", 1), adapter(tmp_path / "two", 1)
+    assert adapter_identity(one) == adapter_identity(other)
+    for lora, alpha in ((one, 16), (other, 64)):
+        (Path(lora.lora_path) / "adapter_config.json").write_text(f'{{"lora_alpha": {alpha}}}')
+    assert adapter_identity(one) != adapter_identity(other)
+    assert keys_of(request_of("r", lora_request=one)) != keys_of(request_of("r", lora_request=other))
+
+
+def test_a_full_fingerprint_covers_loras(tmp_path: Path) -> None:
+    ends = [adapter(tmp_path / name, 1) for name in ("one", "two")]
+    for lora, first in zip(ends, (b"a", b"b"), strict=True):
+        size = 100_000
+        header = json.dumps({"t": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
+        raw = struct.pack("<Q", len(header)) + header + first + bytes(size - 1)
+        next(Path(lora.lora_path).glob("*.safetensors")).write_bytes(raw)
+    assert adapter_identity(ends[0]) == adapter_identity(ends[1])  # the page in the middle is the same
+    assert adapter_identity(ends[0], full=True) != adapter_identity(ends[1], full=True)
+
+
 def test_the_same_file_under_another_path_is_the_same_lora(tmp_path: Path) -> None:
     first, second = adapter(tmp_path / "one", 1), adapter(tmp_path / "two", 1)
     assert adapter_identity(first) == adapter_identity(second)
@@ -367,10 +388,10 @@ def test_an_adapters_files_are_read_beside_the_scheduler(
 ) -> None:
     lora, go_on, threads = adapter(tmp_path / "one", 1), threading.Event(), []
 
-    def slow(asked: LoRARequest) -> bytes:
+    def slow(asked: LoRARequest, *, full: bool) -> bytes:
         threads.append(threading.get_ident())
         assert go_on.wait(30)
-        return adapter_identity(asked)
+        return adapter_identity(asked, full=full)
 
     monkeypatch.setattr(scheduler, "adapter_identity", slow)
     request = request_of("r", lora_request=lora)
@@ -396,7 +417,7 @@ def test_a_request_whose_adapter_is_not_known_is_not_cached(
     def identity(asked: LoRARequest) -> bytes:
         match why:
             case "gone":
-                return adapter_identity(asked)
+                return adapter_identity(asked, full=full)
             case "unreadable":
                 raise PermissionError("not yours")
             case _:

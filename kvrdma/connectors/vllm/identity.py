@@ -176,12 +176,20 @@ def _config_digest(vllm_config: VllmConfig, spec: AttentionSpec) -> str:
     return hashlib.blake2b(raw, digest_size=16).hexdigest()
 
 
-def adapter_identity(lora: LoRARequest) -> bytes:
-    """A LoRA's name and its weights' content. Reads files. Raises `ConfigError` where there are none to read."""
+def adapter_identity(lora: LoRARequest, *, full: bool = False) -> bytes:
+    """A LoRA's name, its weights' content (`full`: every byte of it) and its settings, whose scale counts as much.
+
+    Reads files. Raises `ConfigError` where there are none to read.
+    """
     folder = Path(lora.lora_path)
     if not folder.is_dir():
         raise ConfigError(f"LoRA {lora.lora_name!r}: {folder} is no folder to fingerprint")
-    return bytes(msgpack.packb([lora.lora_name, fingerprint(folder)]))
+    try:
+        settings = [[file.name, file.read_bytes()] for file in sorted(folder.glob("*.json")) if file.is_file()]
+    except OSError as error:
+        raise ConfigError(f"LoRA {lora.lora_name!r}: {error}") from None
+    digest = hashlib.blake2b(msgpack.packb(settings), digest_size=16).digest()
+    return bytes(msgpack.packb([lora.lora_name, fingerprint(folder, full=full), digest]))
 
 
 def make_extras(request: Request, block_tokens: int, lora: bytes = b"") -> Callable[[int], bytes] | None:

@@ -103,6 +103,7 @@ class SchedulerHalf:
         self._loads: dict[int, str] = {}
         self._step = StepJobs(keyspace=self._keyspace)
         self._hash_budget_s = HASH_BUDGET_S
+        self._full_fingerprint = settings.fingerprint == "full"
         self._serving = True
         self._was_reset = False
         self._stats = StatsFeed()
@@ -280,7 +281,9 @@ class SchedulerHalf:
             if request.lora_request is None:
                 state.chain = self._chain(state)
             else:
-                state.adapter = self._adapters.submit(adapter_identity, request.lora_request)
+                state.adapter = self._adapters.submit(
+                    adapter_identity, request.lora_request, full=self._full_fingerprint
+                )
                 state.adapter_deadline = time.monotonic() + ADAPTER_TIMEOUT_S
         return state
 
