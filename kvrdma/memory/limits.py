@@ -114,5 +114,7 @@ def _number(path: Path) -> int | None:
 def _lines(path: Path) -> list[str]:
     try:
         return path.read_text().splitlines()
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
         return []
+    except OSError as error:  # out of descriptors, say: that a limit cannot be read does not mean that there is none
+        raise CapacityError(f"{path}: cannot be read: {error.strerror or error}") from error

@@ -139,6 +139,12 @@ class MemfdSlabs:
         return memory
 
     def _map(self, nbytes: int, flags: int) -> Memory:
+        try:
+            return self._map_or_fail(nbytes, flags)
+        except OSError as error:  # a limit of the process: address space, file size, descriptors
+            raise CapacityError(f"slab of {nbytes} bytes: {error.strerror or error} (see ulimit -a)") from error
+
+    def _map_or_fail(self, nbytes: int, flags: int) -> Memory:
         fd = os.memfd_create("kvrdma-slab", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | flags)
         try:
             os.ftruncate(fd, nbytes)

@@ -38,6 +38,9 @@ def test_only_what_is_new_is_told() -> None:
     assert second.data["misses"] == {"gate": 1}
     assert second.data["seconds"] == {}
     assert second.data["gauges"] == {"zombies": 0}
+    third = feed.news(totals(metrics, zombies=2))
+    assert third.data["gauges"] == {"zombies": 2}
+    assert not third.is_empty()  # vLLM drops what is empty, and a gauge would stay as it was
 
 
 def stats(**parts: dict) -> KVRDMAStats:

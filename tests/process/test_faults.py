@@ -12,6 +12,8 @@ import os
 import signal
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -342,3 +344,11 @@ def test_a_network_that_fails_under_a_client_ends_its_session_quietly(code: int)
         assert unexpected == []
 
     asyncio.run(scenario())
+
+
+def test_a_limit_of_the_process_is_one_line_and_no_traceback() -> None:
+    command = f"ulimit -f 1024; exec {sys.executable} -m kvrdma serve --port 0 --capacity 512MiB"
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+    assert ended.returncode == 1, ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert "bytes" in ended.stderr.splitlines()[-1]

@@ -221,7 +221,8 @@ class SchedulerHalf:
 
     def news(self) -> KVRDMAStats | None:
         """What was decided since the last call."""
-        return self._stats.news(self._index.stats())
+        failures = 0 if self._prober is None else self._backend.failures
+        return self._stats.news({**self._index.stats(), "l2_failures": failures})
 
     def pending_work(self) -> bool:
         """Whether the engine must keep stepping: blocks are referenced, or work waits to be handed over."""

@@ -35,6 +35,7 @@ _COUNTERS: Final = {
         {"no_room": "save_skipped_no_room", "device_blocks": "save_deferred_blocks"},
     ),
     "kvrdma:evicted_blocks": ("Blocks evicted.", "tier", {"l1": "l1_evicted_blocks"}),
+    "kvrdma:l1_growth_failures": ("Ranks whose pool stayed smaller than planned.", "", {"": "l1_growth_failures"}),
     "kvrdma:l2_failures": ("Failures after which L2 is left alone for a while.", "", {"": "l2_failures"}),
 }
 _GAUGES: Final = {
@@ -90,7 +91,7 @@ class KVRDMAStats(KVConnectorStats):
 
     def is_empty(self) -> bool:
         """Whether nothing happened."""
-        return not any(self.data.get(part) for part in ("counters", "misses", "seconds"))
+        return not any(self.data.get(part) for part in ("counters", "misses", "seconds", "gauges"))
 
 
 class StatsFeed:
