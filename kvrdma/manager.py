@@ -274,7 +274,8 @@ class KVCacheManager:
         with self._changed:
             self._pump()
             decided = self._index.stats()
-        return {**self._agent.stats(), **decided, "seconds": self._agent.stats()["seconds"]}
+        moved = self._agent.stats()
+        return {**moved, **decided, "seconds": moved["seconds"]}
 
     def misses(self, reason: Reason) -> int:
         """How many looked-up blocks were not served for a reason."""

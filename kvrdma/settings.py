@@ -263,6 +263,11 @@ class Url:
         return host, default_port if port is None else port
 
 
+def host_and_port(host: str, port: int | str) -> str:
+    """An address as it is written: host:port, or [host]:port where the host is an IPv6 address."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def _without_options(text: str) -> str:
     """A URL as an error may show it: somebody may have written a secret among its options."""
     return text.partition("?")[0]

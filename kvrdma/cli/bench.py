@@ -14,7 +14,7 @@ from rich.table import Table
 
 from kvrdma.bench.cache import CacheBench, CacheResult, run_cache_bench
 from kvrdma.bench.transport import TransportBench, TransportResult, run_transport_bench
-from kvrdma.errors import ConfigError
+from kvrdma.cli.options import read_option
 from kvrdma.settings import parse_size
 
 app = typer.Typer(help="Measure against a baseline in the same run.", no_args_is_help=True)
@@ -38,7 +38,7 @@ def transport(
     """Move batches between two processes; beside it plain sockets moving the same batches at the same depth."""
     settings = TransportBench(
         transport=transport,
-        nbytes_per_block=_size("--size", size),
+        nbytes_per_block=read_option("--size", size, parse_size),
         batch=batch,
         depth=depth,
         streams=streams,
@@ -64,10 +64,10 @@ def cache(
 ) -> None:
     """Look up, hash, copy, and start a pool; the copies out of L1 beside memcpy's of the same bytes."""
     settings = CacheBench(
-        nbytes_per_block=_size("--size", size),
+        nbytes_per_block=read_option("--size", size, parse_size),
         batch=batch,
-        working_set=_size("--working-set", working_set),
-        pool=_size("--pool", pool),
+        working_set=read_option("--working-set", working_set, parse_size),
+        pool=read_option("--pool", pool, parse_size),
     )
     with _progress(settings.n_steps) as on_step:
         result = run_cache_bench(settings, on_step=on_step)
@@ -75,13 +75,6 @@ def cache(
         typer.echo(json.dumps(result.to_json()))
     else:
         _show_cache(result)
-
-
-def _size(option: str, text: str) -> int:
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise ConfigError(f"{option} {text!r}: must be {error}") from None
 
 
 @contextmanager

@@ -11,9 +11,9 @@ from typing import Annotated
 
 import typer
 
-from kvrdma.errors import ConfigError
+from kvrdma.cli.options import read_option
 from kvrdma.server import PoolServer, ServerSettings
-from kvrdma.settings import find_token, parse_names, parse_size
+from kvrdma.settings import find_token, host_and_port, parse_names, parse_size
 
 logger = logging.getLogger(__name__)
 
@@ -30,14 +30,10 @@ def serve(
     max_clients: Annotated[int, typer.Option(help="Clients that are let in at most.")] = 1024,
 ) -> None:
     """Hold blocks for engines, in memory that they read and write through a transport."""
-    try:
-        nbytes = parse_size(capacity)
-    except ValueError as error:
-        raise ConfigError(f"--capacity {capacity!r}: must be {error}") from None
     settings = ServerSettings(
         host=host,
         port=port,
-        capacity=nbytes,
+        capacity=read_option("--capacity", capacity, parse_size),
         policy=policy,
         transports=parse_names(transports),
         token=find_token(token_file),
@@ -67,8 +63,8 @@ async def _serve(server: PoolServer) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     host, port = server.address
-    where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    print(f"listening on {where}", file=sys.stderr, flush=True)
+    print(f"listening on {host_and_port(host, port)}", file=sys.stderr, flush=True)
     if server.metrics_port is not None:
-        print(f"metrics on http://{server.settings.host}:{server.metrics_port}/metrics", file=sys.stderr, flush=True)
+        where = host_and_port(server.settings.host, server.metrics_port)
+        print(f"metrics on http://{where}/metrics", file=sys.stderr, flush=True)
     await server.serve_until(stop)

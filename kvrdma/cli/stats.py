@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvrdma.backends import open_backend
-from kvrdma.errors import ConfigError
+from kvrdma.cli.options import read_option
 from kvrdma.metrics import quantile
 from kvrdma.settings import Settings, parse_seconds
 
@@ -24,10 +24,7 @@ def stats(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
     """Show the counters of a store."""
-    try:
-        parse_seconds(timeout)
-    except ValueError as error:
-        raise ConfigError(f"--timeout {timeout}: must be {error}") from None
+    timeout = read_option("--timeout", timeout, parse_seconds)
     with open_backend(url, Settings(token_file=token_file, connect_timeout=timeout)) as backend:
         found = backend.stats(timeout=timeout)
     if as_json:

@@ -130,9 +130,7 @@ class MemfdSlabs:
             return None
         try:
             memory = self._map(whole, os.MFD_HUGETLB)
-        except ClosedError:
-            raise
-        except (OSError, CapacityError) as error:  # somebody else was faster, or a limit
+        except CapacityError as error:  # somebody else was faster, or a limit
             logger.debug("no huge pages for a slab: %s", error)
             return None
         self.huge_nbytes += whole

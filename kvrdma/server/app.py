@@ -22,7 +22,7 @@ from kvrdma.protocol import StatsRequest
 from kvrdma.server.connection import CHUNK_NBYTES, Connection
 from kvrdma.server.exporter import Exporter
 from kvrdma.server.session import ClientSession, Slabs
-from kvrdma.settings import TOKEN_VARIABLE
+from kvrdma.settings import TOKEN_VARIABLE, host_and_port
 from kvrdma.transports import Endpoint, Listener, Rights, Transport, check_order, transports
 
 logger = logging.getLogger(__name__)
@@ -179,8 +179,8 @@ class PoolServer:
         self._slabs[scheme] = Slabs({}, {})
         for memory in self._store.reserve_of_slabs.slabs:
             self._register_with(scheme, memory)
-        host = f"[{self.settings.host}]" if ":" in self.settings.host else self.settings.host
-        listener = transport.listen(f"{host}:{self.settings.data_port}", secret_of=self._secret_of)
+        address = host_and_port(self.settings.host, self.settings.data_port)
+        listener = transport.listen(address, secret_of=self._secret_of)
 
         def on_endpoint(endpoint: Endpoint) -> None:
             loop.call_soon_threadsafe(self._on_endpoint, endpoint)
@@ -228,6 +228,7 @@ class PoolServer:
                 await self._converse(connection, session)
         except AuthenticationError as error:
             logger.warning("%s: %s", connection.peer, error)
+            self._store.counts["refused_proofs"] += 1
         except ProtocolError as error:
             logger.warning("%s: %s", connection.peer, error)
             self._store.counts["protocol_errors"] += 1
@@ -253,11 +254,7 @@ class PoolServer:
 
     async def _greet(self, connection: Connection) -> ClientSession | None:
         """Let a client in that proves itself: its session, with a ticket and a secret for its data streams."""
-
-        def refused() -> None:
-            self._store.counts["refused_proofs"] += 1
-
-        hello, proved = await connection.authenticate(self.settings.token, on_refused=refused)
+        proved = await connection.authenticate(self.settings.token)
         if len(self._sessions) >= self.settings.max_clients:
             self._store.counts["refused_clients"] += 1
             connection.send(protocol.Goodbye(0, f"{self.settings.max_clients} clients are here: no more are let in"))
@@ -272,14 +269,15 @@ class PoolServer:
             stream_secret=proved.stream_secret,
             metrics=self._metrics,
         )
-        printable = "".join(c if c.isprintable() else "?" for c in hello.client[:128])
+        printable = "".join(c if c.isprintable() else "?" for c in proved.client[:128])
         session.name = f"{printable} ({connection.peer})"
         self._sessions[session.ticket] = session
-        offers = [
+        offers: list[Any] = [
             [scheme, listener.contact_address]
             for scheme, listener in zip(self.settings.transports, self._listeners, strict=True)
         ]
-        connection.send(proved.reply(f"{socket.gethostname()}:{self.settings.port}", session.ticket, offers))
+        name = f"{socket.gethostname()}:{self.settings.port}"
+        connection.send(protocol.HelloReply(proved.seq, proved.proof, name, session.ticket, offers))
         return session
 
     async def _converse(self, connection: Connection, session: ClientSession) -> None:

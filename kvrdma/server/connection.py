@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
 from kvrdma import protocol
 from kvrdma.auth import NONCE_NBYTES, Role, check_proof, derive_secret, make_nonce, prove
 from kvrdma.errors import AuthenticationError, ProtocolError
-from kvrdma.protocol import Challenge, ErrorReply, FrameDecoder, Hello, HelloReply, Message, Proof
+from kvrdma.protocol import Challenge, ErrorReply, FrameDecoder, Hello, Message, Proof
+from kvrdma.transports.tcp import keep_alive
 
 FRAME_TIMEOUT_S: Final = 15.0
 CHUNK_NBYTES: Final = 1 << 16
 _MAX_UNSENT: Final = 64 << 20
-_KEEPALIVE: Final = (
-    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 5),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 2),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
-    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
-)
 M = TypeVar("M", bound=Message)
+
+
+@dataclass(frozen=True, slots=True)
+class Proved:
+    """A client that proved itself: what it calls itself, the server's proof for it, its data streams' secret."""
+
+    seq: int  # of the message that waits for an answer
+    client: str
+    proof: bytes
+    stream_secret: bytes = field(repr=False)
 
 
 class Connection:
@@ -35,9 +39,7 @@ class Connection:
         self._reader = reader
         self._writer = writer
         self._decoder = FrameDecoder(peer=self.peer, max_frame=protocol.MAX_GREETING_FRAME)
-        sock = writer.get_extra_info("socket")
-        for level, name, value in _KEEPALIVE:  # a client that vanished without a word holds leases
-            sock.setsockopt(level, name, value)
+        keep_alive(writer.get_extra_info("socket"))  # a client that vanished without a word holds leases
         writer.write(protocol.preface())
 
     def send(self, message: Message) -> None:
@@ -49,8 +51,8 @@ class Connection:
         else:
             self._writer.write(protocol.encode(message))
 
-    async def authenticate(self, token: bytes | None, *, on_refused: Callable[[], None]) -> tuple[Hello, Proved]:
-        """Have the client prove that it knows the token; what it said of itself, and how to answer.
+    async def authenticate(self, token: bytes | None) -> Proved:
+        """Have the client prove that it knows the token.
 
         Raises:
             AuthenticationError: it does not.
@@ -63,12 +65,12 @@ class Connection:
         self.send(Challenge(hello.seq, said[1], int(token is not None)))
         proof = await self._only(Proof)
         if not check_proof(proof.proof, secret, Role.CLIENT, protocol.PURPOSE, *said):
-            on_refused()
             self.send(ErrorReply(proof.seq, "the proof does not hold: this client has another token than the server"))
             raise AuthenticationError("its proof does not hold: it has another token, or none")
         self._decoder.max_frame = protocol.MAX_FRAME
-        return hello, Proved(
+        return Proved(
             proof.seq,
+            hello.client,
             prove(secret, Role.SERVER, protocol.PURPOSE, *said),
             derive_secret(secret, protocol.STREAMS, *said),
         )
@@ -119,16 +121,3 @@ class Connection:
             if len(messages) > 1 or not isinstance(messages[0], cls):
                 raise ProtocolError(f"a {cls.__name__.lower()}, and nothing else, must come here")
             return messages[0]
-
-
-class Proved:
-    """What a client that proved itself is answered with, and the secret of its data streams."""
-
-    def __init__(self, seq: int, proof: bytes, stream_secret: bytes) -> None:
-        self._seq = seq
-        self._proof = proof
-        self.stream_secret = stream_secret
-
-    def reply(self, server: str, ticket: bytes, offers: list[list[str]]) -> HelloReply:
-        """The hello's reply."""
-        return HelloReply(self._seq, self._proof, server, ticket, list(offers))

@@ -84,6 +84,14 @@ def test_the_metrics_port() -> None:
         assert "Traceback" not in server.text
 
 
+def test_the_metrics_port_of_an_ipv6_server_is_named_as_a_url() -> None:
+    serve = ("-m", "kvrdma", "serve", "--host", "::1", "--port", "0", "--capacity", "16MiB", "--metrics-port", "0")
+    with Server(arguments=serve) as server:
+        url = "http://" + server.says("metrics on http://")
+        with urllib.request.urlopen(url, timeout=PATIENCE_S) as answer:
+            assert b"kvrdma_pool_capacity_bytes" in answer.read()
+
+
 def test_a_stranger_at_the_metrics_port_is_in_nobodys_way() -> None:
     """More silent connections than it takes: they cost a few descriptors for seconds, and clients are served."""
     serve = ("-m", "kvrdma", "serve", "--port", "0", "--capacity", "16MiB", "--metrics-port", "0")

@@ -42,7 +42,7 @@ from kvrdma.errors import (
 from kvrdma.keys import KeyBatch, KeySpace
 from kvrdma.layout import Checksums, Int64s, Shard
 from kvrdma.memory import Lease, Memory, Spans
-from kvrdma.settings import Settings, Url, find_token, option, parse_count, parse_names, parse_text
+from kvrdma.settings import Settings, Url, find_token, host_and_port, option, parse_count, parse_names, parse_text
 from kvrdma.transports import (
     Endpoint,
     MemoryRegion,
@@ -386,8 +386,7 @@ def with_host(address: str, host: str) -> str:
     """A contact address; where a server that listens everywhere names no host, the one it was reached by."""
     for everywhere in ("0.0.0.0:", "[::]:"):
         if address.startswith(everywhere):
-            port = address.removeprefix(everywhere)
-            return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+            return host_and_port(host, address.removeprefix(everywhere))
     return address
 
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import ClassVar, Final
+from typing import Any, ClassVar, Final
 
 from kvrdma.auth import PROOF_NBYTES, Role, make_nonce
 from kvrdma.errors import (
@@ -23,7 +23,7 @@ from kvrdma.errors import (
     TransportError,
 )
 from kvrdma.memory import Memory
-from kvrdma.settings import Url
+from kvrdma.settings import Url, host_and_port
 from kvrdma.transports.base import (
     Endpoint,
     Listener,
@@ -200,7 +200,7 @@ class TcpListener(Listener):
         self._loop = loop
         self._adopt = adopt
         port = sock.getsockname()[1]
-        self._contact = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self._contact = host_and_port(host, port)
         self._guests: set[_Guest] = set()
         self._ready: queue.SimpleQueue[Endpoint | None] = queue.SimpleQueue()
         self._callback: Callable[[Endpoint], None] | None = None
@@ -366,18 +366,22 @@ def parse_address(address: str, *, allow_zero: bool = False) -> tuple[str, int]:
     return url.hosts[0][0], url.hosts[0][1]
 
 
+def keep_alive(sock: Any) -> None:
+    """Send at once, and notice within about 12 s a peer that vanished without a word (power, cable)."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 5)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 2)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+
+
 def _tune(sock: socket.socket) -> None:
     sock.setblocking(False)
     if sock.getpeername()[0] == sock.getsockname()[0]:
         # Within one host a long queue only cools the CPU's cache: each byte is copied out soon after it is
         # copied in, or from main memory (measured: a fifth of the rate). A real network needs the kernel's tuning.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _LOCAL_SNDBUF_NBYTES)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    # A peer that vanished without a word (power, cable) is noticed within about 12 s.
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 5)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 2)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+    keep_alive(sock)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 12_000)
 
 
