@@ -77,7 +77,13 @@ def test_prometheus() -> None:
     metrics = KVRDMAPromMetrics(config, kinds, ["model", "engine"], {0: ["m", "0"], 1: ["m", "1"]})
     seconds = {"load": {"counts": [2, *[0] * 14, 1], "sum": 100.0}}
     news = stats(
-        counters={"looked_up_blocks": 4, "l2_hit_blocks": 3, "put_bytes": 7},
+        counters={
+            "looked_up_blocks": 4,
+            "l2_hit_blocks": 3,
+            "put_bytes": 7,
+            "l1_growth_failures": 1,
+            "l2_failures": 2,
+        },
         misses={"tier_down": 1},
         seconds=seconds,
         gauges={"l1_blocks": 9},
@@ -91,6 +97,7 @@ def test_prometheus() -> None:
     assert value("lookup_blocks_total") == 8
     assert value("hit_blocks_total", tier="l2") == 6
     assert value("moved_bytes_total", operation="put") == 14
+    assert (value("l1_growth_failures_total"), value("l2_failures_total")) == (2, 4)
     assert value("miss_blocks_total", reason="tier_down") == 2
     assert value("l1_blocks") == 9
     assert value("operation_seconds_bucket", operation="load", le="0.001") == 4
