@@ -5,6 +5,7 @@ For one rank. Every call ends within its time-out; failures of L2 are misses.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 import time
@@ -19,7 +20,7 @@ from kvrdma.backends import StorageBackend, open_backend
 from kvrdma.backends.breaker import BreakerBackend
 from kvrdma.cache import Answer, CacheIndex, IndexOptions, JobKind, Prober, Slot, SlotState, TransferAgent
 from kvrdma.coordinator import Coordinator, SoloCoordinator
-from kvrdma.errors import CapacityError, ClosedError, ConfigError, DeadlineError, KVRDMAError
+from kvrdma.errors import CapacityError, ClosedError, ConfigError, DeadlineError
 from kvrdma.keys import KeySpace, block_keys, pack_keys
 from kvrdma.layout import Shard
 from kvrdma.memory import PinnedPool, read_slots
@@ -146,41 +147,45 @@ class KVCacheManager:
         policy, offload = policies.get(settings.policy), offload_policies.get(settings.offload)
         if n_slots < 1:
             raise ConfigError(f"l1_bytes={settings.l1_bytes}: less than one block of {block_nbytes} bytes")
-        if backend is None and settings.l2:
-            backend = open_backend(settings.l2, settings)
-        self._backend = None if backend is None else BreakerBackend(backend)
-        self._index = CacheIndex(
-            n_slots,
-            policy(n_slots),
-            offload(),
-            IndexOptions(
-                has_l2=backend is not None,
-                lookup_timeout_s=settings.lookup_timeout,
-                fetch_timeout_s=settings.fetch_timeout,
-                put_timeout_s=settings.put_timeout,
-                waiting_share=settings.waiting_share,
-                growing=True,
-            ),
-        )
+        shard = Shard(0, 0, keyspace.layers, 0, 1) if shard is None else shard
         self._changed = threading.Condition()
         self._requests = itertools.count()
         self._prefetches: dict[str, list[bytes]] = {}
         self._closed = False
-        try:
-            self.pool = PinnedPool(block_nbytes, n_slots, in_background=True)
-        except KVRDMAError:
+        self._ended = False  # all but the pool, which waits for its leases
+        self._backend: BreakerBackend | None = None
+        self._prober: Prober | None = None
+        with contextlib.ExitStack() as undo:  # of a start that fails on its way
+            if backend is None and settings.l2:
+                backend = open_backend(settings.l2, settings)
             if backend is not None:
-                backend.close()
-            raise
-        shard = Shard(0, 0, keyspace.layers, 0, 1) if shard is None else shard
-        self._agent = TransferAgent(self.pool, shard, backend=self._backend, on_report=self._wake)
-        self._prober = None
-        if self._backend is not None:
-            self._backend.use_keyspace(keyspace)
-            self._prober = Prober(self._backend, [shard], timeout=settings.lookup_timeout, on_answer=self._wake)
-        with self._changed:
-            self._pump()
-        self._agent.grow()
+                undo.callback(backend.close)
+                self._backend = BreakerBackend(backend)
+            self._index = CacheIndex(
+                n_slots,
+                policy(n_slots),
+                offload(),
+                IndexOptions(
+                    has_l2=backend is not None,
+                    lookup_timeout_s=settings.lookup_timeout,
+                    fetch_timeout_s=settings.fetch_timeout,
+                    put_timeout_s=settings.put_timeout,
+                    waiting_share=settings.waiting_share,
+                    growing=True,
+                ),
+            )
+            self.pool = PinnedPool(block_nbytes, n_slots, in_background=True)
+            undo.callback(self.pool.close)
+            self._agent = TransferAgent(self.pool, shard, backend=self._backend, on_report=self._wake)
+            undo.callback(self._agent.close)
+            if self._backend is not None:
+                self._backend.use_keyspace(keyspace)
+                self._prober = Prober(self._backend, [shard], timeout=settings.lookup_timeout, on_answer=self._wake)
+                undo.callback(self._prober.close)
+            with self._changed:
+                self._pump()
+            self._agent.grow()
+            undo.pop_all()
 
     # -- reading
 
@@ -283,18 +288,23 @@ class KVCacheManager:
             return self._index.metrics.misses[reason]
 
     def close(self, *, timeout: float = 10.0) -> None:
-        """Let transfers end (at most `timeout` seconds), then give everything back. Idempotent."""
+        """Let transfers end (at most `timeout` seconds), then give everything back. Idempotent.
+
+        Raises:
+            CapacityError: a lease is still held; the memory is given back by a later call.
+        """
         with self._changed:
-            if self._closed:
-                return
-            self._closed = True
+            first, self._closed = not self._closed, True
             self._changed.notify_all()
-        self._agent.close(timeout=timeout)
-        if self._prober is not None:
-            self._prober.close()
-        if self._backend is not None:
-            self._backend.close()
-        self.pool.close()
+        if first:
+            self._agent.close(timeout=timeout)
+            if self._prober is not None:
+                self._prober.close()
+            if self._backend is not None:
+                self._backend.close()
+            self._ended = True
+        if self._ended:
+            self.pool.close()
 
     def __enter__(self) -> Self:
         return self

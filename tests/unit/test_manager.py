@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import threading
 from collections.abc import Iterator
 
@@ -9,9 +11,10 @@ import pytest
 from holding import PATIENCE_S, HoldingBackend
 from paced import PacedSlabs
 
-from kvrdma.errors import CapacityError, ClosedError, DeadlineError
+from kvrdma.errors import CapacityError, ClosedError, DeadlineError, TransportError
 from kvrdma.keys import KeySpace, block_keys
 from kvrdma.manager import KVCacheManager
+from kvrdma.memory import Memory
 from kvrdma.settings import Settings
 
 NBYTES = 256
@@ -201,3 +204,47 @@ def test_a_close_does_not_wait_for_the_pool(paced: PacedSlabs) -> None:
     assert not [thread for thread in threading.enumerate() if thread.name == "kvrdma-growth"]
     with pytest.raises(ClosedError):
         manager.wait_until_grown()
+
+
+class RefusingBackend(HoldingBackend):
+    """Takes no memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.closes = 0
+
+    def register(self, memory: Memory) -> None:
+        raise TransportError("no")
+
+    def close(self) -> None:
+        self.closes += 1
+
+
+def test_a_start_that_fails_on_its_way_leaves_nothing_open() -> None:
+    backend, before = RefusingBackend(), len(os.listdir("/proc/self/fd"))
+    for closes in (1, 2, 3):
+        with pytest.raises(TransportError):
+            KVCacheManager(SPACE, NBYTES, Settings(l1_bytes=8 * NBYTES), backend=backend)
+        assert backend.closes == closes
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+class EndlessBackend(HoldingBackend):
+    """Ends no transfer when it is closed."""
+
+    def close(self) -> None:
+        pass
+
+
+def test_memory_that_is_still_held_at_the_close_is_given_back_by_a_later_one() -> None:
+    backend = EndlessBackend()
+    manager = KVCacheManager(SPACE, NBYTES, Settings(l1_bytes=8 * NBYTES), backend=backend)
+    write(manager)
+    for _ in range(2):
+        with pytest.raises(CapacityError, match="still held"):
+            manager.close(timeout=0.05)
+    backend.land()
+    manager.close()
+    manager.close()
+    assert (manager.pool.n_leases, manager.pool.memories) == (0, ())
