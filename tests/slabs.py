@@ -11,7 +11,11 @@ def alter(pid: int, sample: bytes) -> None:
     """Flip a bit in the only place of a process's slabs where `sample` lies."""
     n_places = 0
     for fd in Path(f"/proc/{pid}/fd").iterdir():
-        if os.readlink(fd).startswith("/memfd:kvrdma-slab"):
+        try:
+            opened = os.readlink(fd)
+        except FileNotFoundError:  # of a connection, which ended meanwhile
+            continue
+        if opened.startswith("/memfd:kvrdma-slab"):
             with fd.open("r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
                 at = memory.find(sample)
                 while at >= 0:
