@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib.util
+import threading
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -12,8 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kvrdma.backends.memory import MemoryBackend
+from kvrdma.cache import BlockStatus, Job, JobKind, TransferAgent
 from kvrdma.errors import KVRDMAError, RegionError
-from kvrdma.layout import BlockLayout, ByteRun
+from kvrdma.keys import KeySpace, block_keys, pack_keys
+from kvrdma.layout import BlockLayout, ByteRun, Shard
 from kvrdma.memory import PinnedPool
 from kvrdma.memory.copier import ReachedFence
 from kvrdma.memory.cuda import CudaCopier, CudaFence, copy_columns, find_copies, load_driver
@@ -159,16 +163,25 @@ def cuda_device() -> bool:
     return bool(torch.cuda.is_available())
 
 
+on_a_device = pytest.mark.skipif(not cuda_device(), reason="needs a CUDA device: run it on a machine that has one")
+
+
+def device_layers(n_blocks: int = 40, nbytes: int = 4096) -> tuple[list[Any], BlockLayout]:
+    """Three layers of random blocks on the first device."""
+    import torch
+
+    layers = [torch.randint(0, 255, (n_blocks, nbytes), dtype=torch.uint8, device="cuda") for _ in range(3)]
+    runs = tuple(ByteRun(str(i), layer.data_ptr(), nbytes, nbytes) for i, layer in enumerate(layers))
+    return layers, BlockLayout(n_blocks, runs, "cuda:0", layers)
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(not cuda_device(), reason="needs a CUDA device: run it on a machine that has one")
+@on_a_device
 @pytest.mark.parametrize("one_by_one", [False, True], ids=["batch", "one by one"])
 def test_gather_and_scatter_on_a_device(one_by_one: bool) -> None:
     import torch
 
-    layers = [torch.randint(0, 255, (40, 4096), dtype=torch.uint8, device="cuda") for _ in range(3)]
-    layout = BlockLayout(
-        40, tuple(ByteRun(str(i), x.data_ptr(), 4096, 4096) for i, x in enumerate(layers)), "cuda:0", layers
-    )
+    layers, layout = device_layers()
     with PinnedPool(layout.nbytes, 40, slab_nbytes=16 * layout.nbytes) as pool:
         copier = CudaCopier("cuda:0")
         if one_by_one:  # as with a driver that has no batches
@@ -176,9 +189,79 @@ def test_gather_and_scatter_on_a_device(one_by_one: bool) -> None:
         copier.register(layout, pool)
         blocks, slots = np.arange(40)[::-1].copy(), np.random.default_rng(0).permutation(40)
         before = [layer.clone() for layer in layers]
-        copier.gather(0, blocks, slots, after=copier.fence()).wait()
+        copy = copier.gather(0, blocks, slots, after=copier.fence())
+        copy.wait()
+        assert copy.done()
+        assert copy.seconds > 0
         for layer in layers:
             layer.zero_()
         copier.scatter(0, blocks, slots, after=copier.fence()).wait()
+        copier.close()
+    assert all(torch.equal(a, b) for a, b in zip(before, layers, strict=True))
+
+
+@pytest.mark.gpu
+@on_a_device
+def test_a_save_waits_for_the_kernels_before_its_fence() -> None:
+    import torch
+
+    layers, layout = device_layers()
+    with PinnedPool(layout.nbytes, 40) as pool:
+        copier = CudaCopier("cuda:0")
+        copier.register(layout, pool)
+        torch.cuda._sleep(500_000_000)  # cycles: some tenths of a second
+        for number, layer in enumerate(layers):
+            layer.fill_(10 + number)
+        copy = copier.gather(0, np.arange(40), np.arange(40), after=copier.fence())
+        assert not copy.done()  # it was queued, and the kernel runs yet
+        copy.wait()
+        rows = pool.rows()[0][:, : layout.nbytes].reshape(40, 3, 4096)
+        assert [np.unique(rows[:, number]).tolist() for number in range(3)] == [[10], [11], [12]]
+        copier.close()
+
+
+@pytest.mark.gpu
+@on_a_device
+def test_an_agent_saves_offloads_fetches_and_loads_on_a_device() -> None:
+    """Through a pool that grows meanwhile, each of its slabs page-locked on the growing thread."""
+    import torch
+
+    space = KeySpace("m", "w", "c", "bfloat16", "a", head_size=64, layers=3, block_tokens=4)
+    keys = pack_keys(block_keys(space, range(4 * 40)))
+    layers, layout = device_layers()
+    before = [layer.clone() for layer in layers]
+    copier = CudaCopier("cuda:0")
+    reported = threading.Semaphore(0)
+    with (
+        MemoryBackend() as backend,
+        PinnedPool(layout.nbytes, 40, slab_nbytes=8 * layout.nbytes, in_background=True) as pool,
+    ):
+        copier.register(layout, pool)
+        agent = TransferAgent(pool, Shard(0, 0, 3, 0, 1), backend=backend, copier=copier, on_report=reported.release)
+        agent.use_keyspace(space)
+        agent.grow()
+        while (growth := agent.poll_pool()) is None or growth.growing:
+            assert reported.acquire(timeout=30)
+        assert (growth.n_ready, growth.failure) == (40, "")
+
+        def do(number: int, kind: JobKind, slots: np.ndarray, blocks: np.ndarray) -> None:
+            fence = copier.fence()
+            agent.submit([Job(kind, number, keys, slots, 10.0, blocks)], fence=fence)
+            while not (reports := agent.poll()):
+                assert reported.acquire(timeout=30)
+            assert [report.number for report in reports] == [number]
+            assert (reports[0].status == BlockStatus.OK).all()
+
+        none = np.array([], dtype=np.int64)
+        there, back = np.random.default_rng(1).permutation(40), np.random.default_rng(2).permutation(40)
+        do(1, JobKind.SAVE, there, np.arange(40))
+        do(2, JobKind.PUT, there, none)
+        for layer in layers:
+            layer.zero_()
+        for slot in range(40):
+            pool.view(slot)[:] = 0
+        do(3, JobKind.FETCH, back, none)
+        do(4, JobKind.LOAD, back, np.arange(40))
+        assert agent.close()
         copier.close()
     assert all(torch.equal(a, b) for a, b in zip(before, layers, strict=True))
