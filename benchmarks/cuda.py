@@ -4,8 +4,9 @@
 
 A block is one range a layer: its ranges are short where tensor parallelism is wide. `gather_ratio` and `scatter_ratio`
 are the copier's bytes per second on the device over those of one cudaMemcpyAsync between the same kinds of memory,
-medians of interleaved runs; `one_by_one` is the same with a call a range, as on a driver without batches;
-`submit_us_per_range` is what a range costs the thread that queues it.
+medians of interleaved runs: with ranges put together on the device (`staged`), with each by itself in one batched
+call (`by_range`), and in a call each, as on a driver without batches (`one_by_one`). `submit_ms` is what the thread
+that queues a gather does; `compute_slowdown` is how much longer a matrix product takes beside gathers.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ import torch
 
 from kvrdma.layout import BlockLayout, ByteRun
 from kvrdma.memory import PinnedPool
-from kvrdma.memory.cuda import CudaCopier, find_copies, load_driver
+from kvrdma.memory.cuda import CudaCopier, _Way, find_copies, load_driver
+from kvrdma.memory.staging import Stage
 
 SHAPES = {  # name: layers, bytes of a block in a layer; 16 tokens a block, bfloat16
     "8B, 8 KV heads": (32, 64 << 10),
     "70B, 1 KV head of 8 a rank": (80, 8 << 10),
     "70B, 8 KV heads": (80, 64 << 10),
+    "8B, 64 tokens a block": (32, 256 << 10),
 }
 
 
@@ -42,13 +45,14 @@ def seconds_of(copy: Callable[[], Any]) -> float:
     return float(started.elapsed_time(ended)) / 1e3
 
 
-def measure(layers: int, nbytes: int, n_blocks: int, n_runs: int) -> dict[str, float]:
+def measure(layers: int, nbytes: int, n_blocks: int, n_runs: int) -> dict[str, Any]:
     """Medians for one shape of blocks, gathered and scattered in an order of their own."""
     caches = [torch.zeros(2 * n_blocks, nbytes, dtype=torch.uint8, device="cuda") for _ in range(layers)]
     runs = tuple(ByteRun(str(i), cache.data_ptr(), nbytes, nbytes) for i, cache in enumerate(caches))
     layout = BlockLayout(2 * n_blocks, runs, "cuda:0", caches)
     on_device = torch.zeros(n_blocks * layout.nbytes, dtype=torch.uint8, device="cuda")
     on_host = torch.zeros(n_blocks * layout.nbytes, dtype=torch.uint8, pin_memory=True)
+    matrix = torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda")
     draw = np.random.default_rng(0)
     blocks = draw.permutation(2 * n_blocks)[:n_blocks]
     samples: dict[str, list[float]] = {}
@@ -56,40 +60,55 @@ def measure(layers: int, nbytes: int, n_blocks: int, n_runs: int) -> dict[str, f
     def note(name: str, value: float) -> None:
         samples.setdefault(name, []).append(value)
 
+    def product() -> None:
+        for _ in range(4):
+            torch.mm(matrix, matrix)
+
     with PinnedPool(layout.nbytes, n_blocks) as pool:
         copier = CudaCopier("cuda:0")
         copier.register(layout, pool)
+        stages = {group_and_way: Stage(layout, "cuda:0") for group_and_way in [(0, way) for way in _Way]}
         batched = copier._queue_copies
         one_by_one = find_copies(SimpleNamespace(cuMemcpyAsync=load_driver().cuMemcpyAsync))
         slots = draw.permutation(n_blocks)
         for _ in range(n_runs + 1):  # the first warms up
-            note("plain_to_host_s", seconds_of(lambda: on_host.copy_(on_device, non_blocking=True)))
-            note("plain_to_device_s", seconds_of(lambda: on_device.copy_(on_host, non_blocking=True)))
-            for suffix, queue in (("", batched), ("_one_by_one", one_by_one)):
-                copier._queue_copies = queue
+            note("plain gather", seconds_of(lambda: on_host.copy_(on_device, non_blocking=True)))
+            note("plain scatter", seconds_of(lambda: on_device.copy_(on_host, non_blocking=True)))
+            note("product", seconds_of(product))
+            for way, queue, its_stages in (
+                ("staged", batched, stages),
+                ("by_range", batched, {}),
+                ("one_by_one", one_by_one, {}),
+            ):
+                copier._queue_copies, copier._stages = queue, its_stages
                 for name, move in (("gather", copier.gather), ("scatter", copier.scatter)):
                     began = time.perf_counter()
                     copy = move(0, blocks, slots, after=copier.fence())
-                    note(f"submit_{name}{suffix}_s", time.perf_counter() - began)
+                    note(f"{way} submit {name}", time.perf_counter() - began)
                     copy.wait()
-                    note(f"{name}{suffix}_s", copy.seconds)
+                    note(f"{way} {name}", copy.seconds)
+                copies = [copier.gather(0, blocks, slots, after=copier.fence()) for _ in range(3)]
+                note(f"{way} product", seconds_of(product))
+                for copy in copies:
+                    copy.wait()
         copier.close()
     median = {name: statistics.median(values[1:]) for name, values in samples.items()}
-    total, n_ranges = n_blocks * layout.nbytes, n_blocks * layers
+    total = n_blocks * layout.nbytes
     return {
         "range_nbytes": nbytes,
-        "ranges": n_ranges,
+        "ranges": n_blocks * layers,
         "total_nbytes": total,
-        "plain_to_host_gbps": total / median["plain_to_host_s"] / 1e9,
-        "plain_to_device_gbps": total / median["plain_to_device_s"] / 1e9,
-        "gather_gbps": total / median["gather_s"] / 1e9,
-        "scatter_gbps": total / median["scatter_s"] / 1e9,
-        "gather_ratio": median["plain_to_host_s"] / median["gather_s"],
-        "scatter_ratio": median["plain_to_device_s"] / median["scatter_s"],
-        "gather_one_by_one_ratio": median["plain_to_host_s"] / median["gather_one_by_one_s"],
-        "scatter_one_by_one_ratio": median["plain_to_device_s"] / median["scatter_one_by_one_s"],
-        "submit_us_per_range": 1e6 * median["submit_gather_s"] / n_ranges,
-        "submit_one_by_one_us_per_range": 1e6 * median["submit_gather_one_by_one_s"] / n_ranges,
+        "plain_gather_gbps": total / median["plain gather"] / 1e9,
+        "plain_scatter_gbps": total / median["plain scatter"] / 1e9,
+        **{
+            way: {
+                "gather_ratio": median["plain gather"] / median[f"{way} gather"],
+                "scatter_ratio": median["plain scatter"] / median[f"{way} scatter"],
+                "submit_ms": 1e3 * median[f"{way} submit gather"],
+                "compute_slowdown": median[f"{way} product"] / median["product"],
+            }
+            for way in ("staged", "by_range", "one_by_one")
+        },
     }
 
 

@@ -1,13 +1,15 @@
 """CUDA: blocks in device memory and pinned slots, one stream a direction, copies as batched DMA.
 
 Needs torch with CUDA. The slabs are page-locked for the device once, by cudaHostRegister; a copy is submitted
-on the agent's thread as one cuMemcpyBatchAsync where the driver has it (12.8), else as a cuMemcpyAsync a run.
+on the agent's thread as one cuMemcpyBatchAsync where the driver has it (12.8), else as a cuMemcpyAsync a range.
+Ranges that are short are put together on the device first (staging.py).
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import threading
 from collections.abc import Callable
 from enum import Enum
@@ -20,7 +22,11 @@ from kvrdma.layout import BlockLayout, Int64s
 from kvrdma.memory.copier import Copy, Fence, check_pairs
 from kvrdma.memory.pool import PinnedPool
 from kvrdma.memory.slab import Memory
+from kvrdma.memory.staging import Stage
 
+logger = logging.getLogger(__name__)
+
+_DIRECT_NBYTES: Final = 256 << 10  # ranges from here on are copied without a stage
 _PORTABLE: Final = 1  # cudaHostRegisterPortable
 _IN_STREAM_ORDER: Final = 1  # CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
 
@@ -40,17 +46,22 @@ class _Attributes(ctypes.Structure):
     )
 
 
-def copy_columns(layout: BlockLayout, pool: PinnedPool, blocks: Int64s, slots: Int64s) -> tuple[Int64s, Int64s, Int64s]:
-    """Device address, slot address and size of every run of every block: int64[len(blocks) * runs]."""
+def slot_addresses(pool: PinnedPool, slots: Int64s) -> Int64s:
+    """Where slots begin."""
     bases = np.array([memory.address for memory in pool.memories], dtype=np.int64)
     slab, within = np.divmod(slots, pool.slots_per_slab)
-    slot_addresses = bases[slab] + within * pool.slot_stride
+    addresses: Int64s = bases[slab] + within * pool.slot_stride
+    return addresses
+
+
+def copy_columns(layout: BlockLayout, pool: PinnedPool, blocks: Int64s, slots: Int64s) -> tuple[Int64s, Int64s, Int64s]:
+    """Device address, slot address and size of every run of every block: int64[len(blocks) * runs]."""
     starts = np.array([run.address for run in layout.runs], dtype=np.int64)
     strides = np.array([run.block_stride for run in layout.runs], dtype=np.int64)
     sizes = np.array([run.nbytes for run in layout.runs], dtype=np.int64)
     offsets = np.cumsum(sizes) - sizes
     device = starts[None, :] + blocks[:, None] * strides[None, :]
-    host = slot_addresses[:, None] + offsets[None, :]
+    host = slot_addresses(pool, slots)[:, None] + offsets[None, :]
     return device.ravel(), host.ravel(), np.tile(sizes, len(blocks))
 
 
@@ -113,6 +124,7 @@ class CudaCopier:
         self._runtime = torch.cuda.cudart()
         self._streams = {way: torch.cuda.Stream(self._device) for way in _Way}
         self._groups: list[tuple[BlockLayout, PinnedPool]] = []
+        self._stages: dict[tuple[int, _Way], Stage] = {}
         self._guard = threading.Lock()
         self._locked: list[int] = []
         self._queue_copies = find_copies(load_driver())
@@ -124,6 +136,8 @@ class CudaCopier:
         for memory in pool.memories:
             self.prepare(memory)
         self._groups.append((layout, pool))
+        if layout.nbytes < _DIRECT_NBYTES * len(layout.runs):
+            self._make_stages(layout)
 
     def prepare(self, memory: Memory) -> None:
         """Page-lock a slab for the device; once, however often it is called."""
@@ -154,27 +168,56 @@ class CudaCopier:
             self._runtime.cudaHostUnregister(address)
         self._locked.clear()
         self._groups.clear()
+        self._stages.clear()
 
     def _copy(self, group: int, blocks: Int64s, slots: Int64s, way: _Way, after: Fence) -> Copy:
         layout, pool = self._groups[group]
         check_pairs(blocks, layout.n_blocks, slots, pool.n_slots)
-        device, host, sizes = copy_columns(layout, pool, blocks, slots)
         stream = self._streams[way]
-        with self._torch.cuda.device(self._device):
+        with self._torch.cuda.stream(stream):
             if isinstance(after, CudaFence):
                 stream.wait_event(after.event)
             else:
                 after.wait()
             started, ended = (self._torch.cuda.Event(enable_timing=True) for _ in range(2))
             started.record(stream)  # which makes the device's context this thread's, as the driver needs it
-            target, source = (host, device) if way is _Way.TO_HOST else (device, host)
             try:
-                self._queue_copies(target, source, sizes, stream.cuda_stream)
+                if (stage := self._stages.get((group, way))) is None:
+                    keepalive = self._queue(way, *copy_columns(layout, pool, blocks, slots))
+                else:
+                    keepalive = self._queue_staged(way, stage, blocks, slot_addresses(pool, slots), layout.nbytes)
                 ended.record(stream)
             except BaseException:
                 stream.synchronize()  # what was queued before uses the memory, which the caller is about to let go
                 raise
-        return CudaCopy(started, ended, int(sizes.sum()), (target, source, sizes))
+        return CudaCopy(started, ended, len(blocks) * layout.nbytes, keepalive)
+
+    def _queue(self, way: _Way, device: Int64s, host: Int64s, sizes: Int64s) -> Any:
+        target, source = (host, device) if way is _Way.TO_HOST else (device, host)
+        self._queue_copies(target, source, sizes, self._streams[way].cuda_stream)
+        return target, source, sizes
+
+    def _queue_staged(self, way: _Way, stage: Stage, blocks: Int64s, host: Int64s, nbytes: int) -> Any:
+        """As many blocks at a time as the stage has rows; its stream has them in order."""
+        index = self._torch.from_numpy(blocks).pin_memory().to(self._device, non_blocking=True)
+        queued = []
+        for first in range(0, len(blocks), stage.n_rows):
+            part = slice(first, min(first + stage.n_rows, len(blocks)))
+            n = part.stop - first
+            if way is _Way.TO_HOST:
+                stage.pack(index[part])
+            queued.append(self._queue(way, stage.addresses(n), host[part].copy(), np.full(n, nbytes, dtype=np.int64)))
+            if way is _Way.TO_DEVICE:
+                stage.unpack(index[part])
+        return index, queued
+
+    def _make_stages(self, layout: BlockLayout) -> None:
+        """Where they cannot be had every range is copied by itself: slower, and as right."""
+        group = len(self._groups) - 1
+        try:
+            self._stages |= {(group, way): Stage(layout, self._device) for way in _Way}
+        except Exception as error:  # of Triton, its compiler or torch's memory: whatever it is, the engine starts
+            logger.warning("%s: short ranges of blocks are copied one by one (%s)", self._device, error)
 
     @staticmethod
     def _check(code: Any) -> None:

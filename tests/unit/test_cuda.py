@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import importlib.util
 import threading
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -12,15 +11,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from kvrdma.backends.memory import MemoryBackend
 from kvrdma.cache import BlockStatus, Job, JobKind, TransferAgent
-from kvrdma.errors import KVRDMAError, RegionError
+from kvrdma.errors import ConfigError, KVRDMAError, RegionError
 from kvrdma.keys import KeySpace, block_keys, pack_keys
 from kvrdma.layout import BlockLayout, ByteRun, Shard
 from kvrdma.memory import PinnedPool
 from kvrdma.memory.copier import ReachedFence
-from kvrdma.memory.cuda import CudaCopier, CudaFence, copy_columns, find_copies, load_driver
+from kvrdma.memory.cuda import CudaCopier, CudaFence, _Way, copy_columns, find_copies, load_driver
+from kvrdma.memory.staging import Stage
+from kvrdma.settings import Settings, Url
 
 
 def test_columns_name_every_run_of_every_block() -> None:
@@ -73,6 +75,26 @@ class NewestDriver(NewDriver):
         return self.cuMemcpyBatchAsync(*columns)
 
 
+class HostStage:
+    """What a stage does, on this process's memory."""
+
+    def __init__(self, layers: list[np.ndarray], n_rows: int) -> None:
+        self.n_rows = n_rows
+        self._layers = layers
+        self._rows = np.zeros((n_rows, sum(layer.shape[1] for layer in layers)), dtype=np.uint8)
+
+    def addresses(self, n: int) -> np.ndarray:
+        return self._rows.ctypes.data + self._rows.shape[1] * np.arange(n)
+
+    def pack(self, index: Any) -> None:
+        self._rows[: len(index)] = np.hstack([layer[index.numpy()] for layer in self._layers])
+
+    def unpack(self, index: Any) -> None:
+        columns = np.hsplit(self._rows[: len(index)], len(self._layers))
+        for layer, part in zip(self._layers, columns, strict=True):
+            layer[index.numpy()] = part
+
+
 class HostCuda:
     """A copier on a device that is this process's memory, with what it did in order."""
 
@@ -95,11 +117,18 @@ class HostCuda:
                 return stream
 
         self.copier._streams = Streams()
+        self.copier._stages = {}
         event = SimpleNamespace(record=lambda stream: None, synchronize=lambda: None)
         self.copier._torch = SimpleNamespace(
-            cuda=SimpleNamespace(device=contextlib.nullcontext, Event=lambda enable_timing: event)
+            cuda=SimpleNamespace(stream=contextlib.nullcontext, Event=lambda enable_timing: event),
+            from_numpy=lambda blocks: SimpleNamespace(
+                pin_memory=lambda: SimpleNamespace(to=lambda device, non_blocking: torch.from_numpy(blocks))
+            ),
         )
         self.copier._queue_copies = find_copies(driver(self.events, fails_at=fails_at))
+
+    def use_stages(self, n_rows: int) -> None:
+        self.copier._stages = {(0, way): HostStage(self.layers, n_rows) for way in _Way}
 
     def block(self, number: int) -> bytes:
         return b"".join(layer[number].tobytes() for layer in self.layers)
@@ -124,6 +153,23 @@ def test_with_any_driver_blocks_and_slots_are_copied_behind_the_fence(driver: ty
     cuda.copier.scatter(0, column(2, 3), column(6, 1), after=fence)
     assert [cuda.block(2), cuda.block(3)] == [expected[1], expected[0]]
     assert cuda.events == ["wait for the engine", *["copy"] * 6, "wait for the engine", *["copy"] * 4]
+    cuda.copier.gather(0, column(), column(), after=ReachedFence())
+
+
+@pytest.mark.parametrize("n_rows", [1, 2, 3, 10])
+def test_short_ranges_are_put_together_on_the_device(n_rows: int) -> None:
+    """The same bytes end in the same places, and a copy is a whole block, by a stage of fewer rows as well."""
+    cuda = HostCuda(NewestDriver)
+    cuda.use_stages(n_rows)
+    fence = CudaFence(SimpleNamespace())
+    expected = [cuda.block(number) for number in (7, 0, 9)]
+    untouched = [cuda.block(number) for number in (1, 2, 4)]
+    assert cuda.copier.gather(0, column(7, 0, 9), column(1, 6, 3), after=fence).nbytes == 3 * 128
+    assert [bytes(cuda.pool.view(slot)) for slot in (1, 6, 3)] == expected
+    cuda.copier.scatter(0, column(3, 8, 5), column(6, 1, 3), after=fence)
+    assert [cuda.block(number) for number in (8, 3, 5)] == expected
+    assert [cuda.block(number) for number in (1, 2, 4)] == untouched
+    assert cuda.events == ["wait for the engine", *["copy"] * 3, "wait for the engine", *["copy"] * 3]
     cuda.copier.gather(0, column(), column(), after=ReachedFence())
 
 
@@ -155,21 +201,13 @@ def test_what_is_no_pair_of_a_block_and_a_slot_is_refused_before_anything_is_que
     assert cuda.events == []
 
 
-def cuda_device() -> bool:
-    if importlib.util.find_spec("torch") is None:
-        return False
-    import torch
-
-    return bool(torch.cuda.is_available())
-
-
-on_a_device = pytest.mark.skipif(not cuda_device(), reason="needs a CUDA device: run it on a machine that has one")
+on_a_device = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a CUDA device: run it on a machine that has one"
+)
 
 
 def device_layers(n_blocks: int = 40, nbytes: int = 4096) -> tuple[list[Any], BlockLayout]:
     """Three layers of random blocks on the first device."""
-    import torch
-
     layers = [torch.randint(0, 255, (n_blocks, nbytes), dtype=torch.uint8, device="cuda") for _ in range(3)]
     runs = tuple(ByteRun(str(i), layer.data_ptr(), nbytes, nbytes) for i, layer in enumerate(layers))
     return layers, BlockLayout(n_blocks, runs, "cuda:0", layers)
@@ -177,16 +215,17 @@ def device_layers(n_blocks: int = 40, nbytes: int = 4096) -> tuple[list[Any], Bl
 
 @pytest.mark.gpu
 @on_a_device
-@pytest.mark.parametrize("one_by_one", [False, True], ids=["batch", "one by one"])
-def test_gather_and_scatter_on_a_device(one_by_one: bool) -> None:
-    import torch
-
+@pytest.mark.parametrize("how", ["staged", "by range", "one by one"])
+def test_gather_and_scatter_on_a_device(how: str) -> None:
     layers, layout = device_layers()
     with PinnedPool(layout.nbytes, 40, slab_nbytes=16 * layout.nbytes) as pool:
         copier = CudaCopier("cuda:0")
-        if one_by_one:  # as with a driver that has no batches
+        if how == "one by one":  # as with a driver that has no batches
             copier._queue_copies = find_copies(SimpleNamespace(cuMemcpyAsync=load_driver().cuMemcpyAsync))
         copier.register(layout, pool)
+        assert copier._stages
+        if how != "staged":
+            copier._stages.clear()
         blocks, slots = np.arange(40)[::-1].copy(), np.random.default_rng(0).permutation(40)
         before = [layer.clone() for layer in layers]
         copy = copier.gather(0, blocks, slots, after=copier.fence())
@@ -202,9 +241,31 @@ def test_gather_and_scatter_on_a_device(one_by_one: bool) -> None:
 
 @pytest.mark.gpu
 @on_a_device
-def test_a_save_waits_for_the_kernels_before_its_fence() -> None:
-    import torch
+@pytest.mark.parametrize(("stride", "nbytes"), [(64, 64), (80, 48), (40_000, 32_008)])
+def test_a_stage_moves_ranges_and_nothing_between_them(stride: int, nbytes: int) -> None:
+    memory = [torch.randint(0, 255, (10 * stride,), dtype=torch.uint8, device="cuda") for _ in range(3)]
+    runs = tuple(ByteRun(str(i), one.data_ptr(), stride, nbytes) for i, one in enumerate(memory))
+    before = [one.clone().view(10, stride) for one in memory]
+    stage = Stage(BlockLayout(10, runs, "cuda:0", memory), "cuda:0", nbytes=4 * 3 * nbytes)
+    assert stage.n_rows == 4
+    index = torch.tensor([9, 0, 4], device="cuda")
+    stage.pack(index)
+    stage.unpack(index.flip(0))  # the first and the last of them change places
+    for one, old in zip(memory, before, strict=True):
+        new = old.clone()
+        new[9, :nbytes], new[4, :nbytes] = old[4, :nbytes], old[9, :nbytes]
+        assert torch.equal(one.view(10, stride), new)
 
+
+def test_ranges_that_are_not_of_whole_words_have_no_stage() -> None:
+    layout = BlockLayout(10, (ByteRun("a", 4096, 64, 60),))
+    with pytest.raises(ConfigError, match="multiples of 8 bytes"):
+        Stage(layout, "cpu")
+
+
+@pytest.mark.gpu
+@on_a_device
+def test_a_save_waits_for_the_kernels_before_its_fence() -> None:
     layers, layout = device_layers()
     with PinnedPool(layout.nbytes, 40) as pool:
         copier = CudaCopier("cuda:0")
@@ -224,8 +285,6 @@ def test_a_save_waits_for_the_kernels_before_its_fence() -> None:
 @on_a_device
 def test_an_agent_saves_offloads_fetches_and_loads_on_a_device() -> None:
     """Through a pool that grows meanwhile, each of its slabs page-locked on the growing thread."""
-    import torch
-
     space = KeySpace("m", "w", "c", "bfloat16", "a", head_size=64, layers=3, block_tokens=4)
     keys = pack_keys(block_keys(space, range(4 * 40)))
     layers, layout = device_layers()
@@ -233,7 +292,7 @@ def test_an_agent_saves_offloads_fetches_and_loads_on_a_device() -> None:
     copier = CudaCopier("cuda:0")
     reported = threading.Semaphore(0)
     with (
-        MemoryBackend() as backend,
+        MemoryBackend(Url.parse("memory://"), Settings()) as backend,
         PinnedPool(layout.nbytes, 40, slab_nbytes=8 * layout.nbytes, in_background=True) as pool,
     ):
         copier.register(layout, pool)
