@@ -301,7 +301,7 @@ def test_an_agent_saves_offloads_fetches_and_loads_on_a_device() -> None:
         agent.grow()
         while (growth := agent.poll_pool()) is None or growth.growing:
             assert reported.acquire(timeout=30)
-        assert (growth.n_ready, growth.failure) == (40, "")
+        assert (growth.n_slots, growth.failure) == (40, "")
 
         def do(number: int, kind: JobKind, slots: np.ndarray, blocks: np.ndarray) -> None:
             fence = copier.fence()
