@@ -25,7 +25,7 @@ from kvrdma.keys import KeySpace, block_keys, pack_keys
 from kvrdma.layout import Shard
 from kvrdma.memory import PinnedPool, read_slots
 from kvrdma.metrics import Reason
-from kvrdma.policies import offload_policies, policies
+from kvrdma.policies import offload_policies, open_policy
 from kvrdma.settings import Settings
 
 Tokens = Sequence[int] | NDArray[np.int32]
@@ -144,7 +144,7 @@ class KVCacheManager:
         self._settings = settings
         self._keyspace = keyspace
         n_slots = settings.l1_bytes // block_nbytes if block_nbytes > 0 else 0
-        policy, offload = policies.get(settings.policy), offload_policies.get(settings.offload)
+        policy, offload = open_policy(settings.policy), offload_policies.get(settings.offload)
         if n_slots < 1:
             raise ConfigError(f"l1_bytes={settings.l1_bytes}: less than one block of {block_nbytes} bytes")
         shard = Shard(0, 0, keyspace.layers, 0, 1) if shard is None else shard

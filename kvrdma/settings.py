@@ -83,6 +83,17 @@ def parse_share(value: object) -> float:
     return share
 
 
+def parse_ratio(value: object) -> float:
+    """Read a ratio: 0 or more."""
+    try:
+        ratio = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        ratio = math.nan
+    if isinstance(value, bool) or not (0 <= ratio < math.inf):
+        raise ValueError("a number of at least 0, such as 0.9")
+    return ratio
+
+
 def parse_text(value: object) -> str:
     """Read text."""
     if not isinstance(value, str):
@@ -148,7 +159,7 @@ class Settings:
 
     l1_bytes: int = option(4 << 30, parse_size, "pinned CPU memory of the whole engine, all ranks together")
     l2: str = option("", parse_text, "URL of the store below the CPU cache, such as kvrdma://host:7700")
-    policy: str = option("lru", parse_text, "eviction policy of the CPU cache, by name")
+    policy: str = option("lru", parse_text, "eviction policy of the CPU cache, by name: lru, fifo, s3fifo")
     offload: str = option("all", one_of("all", later=("hot", "cold", "auto")), "which blocks go to L2: all")
     namespace: str = option("", parse_text, "keeps caches apart that would otherwise share")
     weights_version: str = option("", parse_text, "names the weights where they are not files")

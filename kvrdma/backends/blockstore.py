@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from kvrdma.errors import CapacityError, ConfigError
 from kvrdma.keys import KEY_NBYTES, KeySpace
 from kvrdma.memory import Memory, SlabReserve, SlabSource
-from kvrdma.policies import EvictionPolicy
+from kvrdma.policies import EvictionPolicy, PolicyMaker
 
 _MIN_SLAB_NBYTES: Final = 8 << 20
 _MAX_SLAB_NBYTES: Final = 256 << 20
@@ -119,7 +119,7 @@ class BlockStore:
     def __init__(
         self,
         capacity_nbytes: int,
-        policy: type[EvictionPolicy],
+        policy: PolicyMaker,
         *,
         slab_nbytes: int | None = None,
         source: SlabSource | None = None,

@@ -26,7 +26,7 @@ from kvrdma.errors import BackendError, ClosedError, ConfigError
 from kvrdma.keys import KeyBatch, KeySpace, unpack_keys
 from kvrdma.layout import Checksums, Shard
 from kvrdma.memory import Lease, Memory, Spans
-from kvrdma.policies import policies
+from kvrdma.policies import open_policy
 from kvrdma.settings import Settings, Url, option, parse_size, parse_text
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class MemoryBackend(StorageBackend):
             raise ConfigError(f"URL {url.text!r}: memory:// has neither host nor path, only options")
         options = url.read_options(MemoryOptions)
         check_capacity(options.capacity)
-        self._store = BlockStore(options.capacity, policies.get(options.policy))
+        self._store = BlockStore(options.capacity, open_policy(options.policy))
         self._guard = threading.Lock()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="kvrdma-memory")
         self._keyspace: int | None = None

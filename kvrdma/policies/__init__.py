@@ -1,9 +1,6 @@
 """Policies: which blocks are evicted, and which are offloaded when. Open to third parties by entry points."""
 
-from kvrdma.plugins import Registry
 from kvrdma.policies.base import Event, EvictionPolicy, OffloadPolicy
+from kvrdma.policies.registry import PolicyMaker, offload_policies, open_policy, policies
 
-policies: Registry[type[EvictionPolicy]] = Registry("policy", "kvrdma.policies")
-offload_policies: Registry[type[OffloadPolicy]] = Registry("offload mode", "kvrdma.offload")
-
-__all__ = ["Event", "EvictionPolicy", "OffloadPolicy", "offload_policies", "policies"]
+__all__ = ["Event", "EvictionPolicy", "OffloadPolicy", "PolicyMaker", "offload_policies", "open_policy", "policies"]

@@ -27,6 +27,8 @@ class EvictionPolicy(ABC):
     """
 
     name: ClassVar[str]
+    options_type: ClassVar[type | None] = None
+    """A dataclass of `kvrdma.settings.option`s, where there is something to set; it is the second argument."""
 
     def __init__(self, capacity: int) -> None:
         if capacity < 1:

@@ -17,7 +17,7 @@ from kvrdma.backends.blockstore import BlockStore, check_capacity
 from kvrdma.errors import AuthenticationError, ConfigError, ProtocolError, TransportError
 from kvrdma.memory import Memory
 from kvrdma.metrics import Metrics
-from kvrdma.policies import policies
+from kvrdma.policies import open_policy
 from kvrdma.protocol import StatsRequest
 from kvrdma.server.connection import CHUNK_NBYTES, Connection
 from kvrdma.server.exporter import Exporter
@@ -69,7 +69,7 @@ class ServerSettings:
             )
         if not self.transports:
             raise ConfigError("transports: at least one is needed, such as tcp")
-        policies.get(self.policy)
+        open_policy(self.policy)
         check_order(self.transports)
 
 
@@ -83,7 +83,7 @@ class PoolServer:
 
     def __init__(self, settings: ServerSettings) -> None:
         self.settings = settings
-        self._store = BlockStore(settings.capacity, policies.get(settings.policy), in_background=True)
+        self._store = BlockStore(settings.capacity, open_policy(settings.policy), in_background=True)
         self._transports: dict[str, Transport] = {}
         self._listeners: list[Listener] = []
         self._slabs: dict[str, Slabs] = {}

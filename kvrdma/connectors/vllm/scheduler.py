@@ -25,7 +25,7 @@ from kvrdma.connectors.vllm.stats import KVRDMAStats, StatsFeed
 from kvrdma.connectors.vllm.worker import slots_per_rank
 from kvrdma.errors import KVRDMAError
 from kvrdma.keys import KeyChain, KeySpace
-from kvrdma.policies import offload_policies, policies
+from kvrdma.policies import offload_policies, open_policy
 from kvrdma.settings import Settings
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class SchedulerHalf:
         n_slots = slots_per_rank(settings, kv_cache_config, len(shards))
         self._index = CacheIndex(
             n_slots,
-            policies.get(settings.policy)(n_slots),
+            open_policy(settings.policy)(n_slots),
             offload_policies.get(settings.offload)(),
             IndexOptions(
                 ranks=len(shards),
