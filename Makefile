@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check lint format bench clean
+.PHONY: help setup demo test test-rdma test-all check lint format bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -12,6 +12,9 @@ demo: setup ## serve a model with kvrdma (BASELINE=1: without it)
 
 test: setup ## run lint and all tiers of tests
 	@exec scripts/test.sh
+
+test-rdma: setup ## run the tests that need RDMA devices, in a guest that has some (ARGS="-k name")
+	@exec scripts/rdma/test.sh $(ARGS)
 
 test-all: setup ## test with long matrices and a hundred times the fuzzing, then the demo
 	@scripts/test.sh --thorough

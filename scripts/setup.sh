@@ -41,22 +41,16 @@ step() {
 
 pip_install() { "$python" -m pip install --progress-bar off --disable-pip-version-check "$@"; }
 
-# Debian packages that the project needs; add a name to the list and every machine gets it.
+# Debian packages: those that the tests of RDMA need. A host that cannot have them is told so, and does without.
 debian_packages() {
-    local packages=() missing=() sudo=() package
-    for package in "${packages[@]}"; do
-        dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || missing+=("$package")
-    done
-    ((${#missing[@]})) || return 0
-
-    if ((EUID != 0)); then
-        sudo=(sudo -n)
-        sudo -n true 2>/dev/null ||
-            fail "needs Debian packages; run: sudo apt-get update && sudo apt-get install -y ${missing[*]}"
-    fi
-    step "Debian's package lists" "${sudo[@]}" apt-get update
-    step "Debian packages: ${missing[*]}" \
-        "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "${missing[@]}"
+    local status=0
+    (scripts/rdma/packages.sh) >>"$log" 2>"$venv/packages.log" || status=$?
+    cat "$venv/packages.log" >>"$log"
+    case $status in
+        0) ;;
+        3) say "without the tests of RDMA: $(<"$venv/packages.log")" ;;
+        *) fail "FAILED: Debian packages (the whole log: $log)" ;;
+    esac
 }
 
 # The Python that makes .venv, or an error that says what to install.
@@ -79,7 +73,7 @@ pip_knows_groups() {
 }
 
 # Changes when something does that decides what is in .venv.
-inputs_digest() { { pwd && cat pyproject.toml "$requirements" scripts/setup.sh; } | sha256sum; }
+inputs_digest() { { pwd && cat pyproject.toml "$requirements" scripts/setup.sh scripts/rdma/packages.sh; } | sha256sum; }
 
 venv_current() { [[ -x $python && -f $stamp && $(<"$stamp") == "$(inputs_digest)" ]]; }
 

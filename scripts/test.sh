@@ -17,9 +17,9 @@ if [[ ${1-} == --thorough ]]; then
     shift
 fi
 tiers=("$@")
-((${#tiers[@]})) || tiers=(lint unit conformance process engine)
+((${#tiers[@]})) || tiers=(lint unit conformance process rdma engine)
 for tier in "${tiers[@]}"; do
-    [[ $tier =~ ^(lint|unit|conformance|process|engine)$ ]] || {
+    [[ $tier =~ ^(lint|unit|conformance|process|rdma|engine)$ ]] || {
         echo "$0: there is no tier $tier" >&2
         exit 2
     }
@@ -32,6 +32,7 @@ trap 'exit 130' INT TERM
 for tier in "${tiers[@]}"; do
     case $tier in
         lint) command=(scripts/format.sh --check) ;;
+        rdma) command=(scripts/rdma/test.sh "--junitxml=$results/rdma.xml") ;;
         *) command=(.venv/bin/pytest "tests/$tier" -q "--junitxml=$results/$tier.xml" "${thorough[@]}") ;;
     esac
     printf '\n=== %s: %s\n' "$tier" "${command[*]}"

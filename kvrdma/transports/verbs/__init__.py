@@ -1,0 +1,1 @@
+"""One-sided READ and WRITE of RDMA devices, through libibverbs."""
