@@ -22,7 +22,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
-SHUTDOWN_TIMEOUT_S = 10.0
+# vLLM kills what has not shut down in time. On two idle cores a worker's end takes 2 s; on slow machines much more.
+os.environ.setdefault("VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", "30")
+SHUTDOWN_TIMEOUT_S = 50.0  # of the engine's core: it waits for its workers, and for 4 s more once it has told them
 
 
 class Engine:

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 HERE = Path(__file__).resolve().parent
 START_TIMEOUT_S = 180.0
-END_TIMEOUT_S = 20.0  # for an end that was asked for; then it is killed
+END_TIMEOUT_S = 60.0  # for an end that was asked for, an engine's own time-outs included; then it is killed
 TAIL_LINES = 25
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -51,6 +51,7 @@ class Process:
     def __init__(self, arguments: list[str], *, name: str, env: dict[str, str] | None = None) -> None:
         self.name = name
         self._log = tempfile.NamedTemporaryFile("w+", prefix=f"{name}-", suffix=".log")  # noqa: SIM115
+        self._whole_log = ""  # once it is closed
         with uninterrupted():
             self._process = subprocess.Popen(
                 [sys.executable, *arguments],
@@ -68,7 +69,8 @@ class Process:
         return self._process.pid
 
     def log(self) -> str:
-        return Path(self._log.name).read_text(errors="replace")
+        """What it has written to stderr so far; all of it once it is closed."""
+        return self._whole_log if self._log.closed else Path(self._log.name).read_text(errors="replace")
 
     def signal(self, number: int) -> None:
         self._process.send_signal(number)
@@ -90,6 +92,7 @@ class Process:
         for pipe in (self._process.stdin, self._process.stdout):
             with contextlib.suppress(OSError):
                 pipe.close()
+        self._whole_log = self.log()
         self._log.close()
         with contextlib.suppress(ValueError):
             Process.running.remove(self)

@@ -122,7 +122,7 @@ class TransferAgent:
             return self._metrics.snapshot()
 
     def close(self, *, timeout: float = 10.0) -> bool:
-        """End the growth of the pool, and wait for the jobs under way; True where all have ended."""
+        """End the growth of the pool, and wait for the jobs under way; True where all have ended. May be repeated."""
         deadline = time.monotonic() + timeout
         self._closed = True
         ended = self._growth.close(timeout=timeout)

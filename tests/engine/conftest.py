@@ -27,6 +27,7 @@ with warnings.catch_warnings():  # torch and vLLM warn of themselves when they a
 from processes import EngineProcess, Server  # noqa: E402
 
 BLOCK = 32
+LOG_LINES = 200  # of an engine, where a test fails at its end
 FETCH_TIMEOUT_S = 10.0  # of the reader: long enough for a test to do something meanwhile
 
 
@@ -71,9 +72,16 @@ class Witness:
     def loaded(self, engine: str) -> list[dict[str, str]]:
         return [line for line in self.lines(engine) if line["what"] == "loaded"]
 
-    def shut_down(self, engine: str) -> set[str]:
-        """Which halves of an engine's connector have been shut down."""
-        return {line["half"] for line in self.lines(engine) if line["what"] == "shutdown"}
+    def end(self, engine: EngineProcess) -> None:
+        """End an engine, which lets both halves of the connector end; where not, its log says why."""
+        status = engine.close()
+        halves = {line["half"] for line in self.lines(engine.name) if line["what"] == "shutdown"}
+        if halves != {"scheduler", "worker"}:
+            log = "\n".join(engine.log().splitlines()[-LOG_LINES:])
+            pytest.fail(
+                f"{engine.name}, which ended with status {status}, has shut down {sorted(halves) or 'neither half'} "
+                f"of its connector; the end of its log:\n{log}"
+            )
 
     def hold(self, engine: str, what: str, pid: int) -> Path:
         """Have a process stopped just before the engine's next `get` or `put`: then the file given is gone."""

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import eventually
+from holding import PATIENCE_S, HoldingBackend
+from vllm import envs
 from vllm.lora.request import LoRARequest
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.sampling_params import SamplingParams
@@ -28,15 +30,18 @@ from vllm.v1.kv_cache_interface import (
 )
 from vllm.v1.request import Request
 
-from kvrdma.cache import BlockStatus, Job, JobKind, JobReport, PoolReport
-from kvrdma.connectors.vllm import KVRDMAConnector, scheduler
+from kvrdma.backends import StorageBackend
+from kvrdma.backends.breaker import BreakerBackend
+from kvrdma.cache import BlockStatus, Job, JobKind, JobReport, PoolReport, TransferAgent
+from kvrdma.connectors.vllm import KVRDMAConnector, scheduler, worker
 from kvrdma.connectors.vllm.identity import adapter_identity, attention_spec, make_extras, make_shards
 from kvrdma.connectors.vllm.metadata import RankReports, StepJobs
 from kvrdma.connectors.vllm.scheduler import SchedulerHalf
 from kvrdma.connectors.vllm.worker import WorkerHalf
-from kvrdma.errors import ConfigError
+from kvrdma.errors import ClosedError, ConfigError
 from kvrdma.keys import KeyChain, KeySpace
-from kvrdma.layout import Shard
+from kvrdma.layout import BlockLayout, ByteRun, Shard
+from kvrdma.memory import Copy, CpuCopier, Fence, PinnedPool
 from kvrdma.settings import Settings
 
 BLOCK = 16
@@ -196,6 +201,80 @@ def test_exactly_full_attention_is_served() -> None:
             attention_spec(kv_config(*groups))
 
 
+# -- the end of a worker
+
+
+class StuckCopier(CpuCopier):
+    """Its gathers wait for `go`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun, self.go = threading.Event(), threading.Event()
+
+    def gather(self, group: int, blocks: Any, slots: Any, *, after: Fence) -> Copy:
+        self.begun.set()
+        assert self.go.wait(PATIENCE_S)
+        return super().gather(group, blocks, slots, after=after)
+
+
+def working(copier: CpuCopier, backend: StorageBackend) -> WorkerHalf:
+    """A worker half with an agent on a pool and a device of four blocks."""
+    device, pool = np.zeros((4, 64), dtype=np.uint8), PinnedPool(64, 4)
+    run = ByteRun("layer", device.ctypes.data, 64, 64)
+    copier.register(BlockLayout(4, (run,), keepalive=device), pool)
+    half = WorkerHalf(None, None, Settings())  # type: ignore[arg-type]
+    half._pool, half._copier, half._backend = pool, copier, BreakerBackend(backend)
+    half._agent = TransferAgent(pool, Shard(0, 0, 2, 0, 2), backend=half._backend, copier=copier)
+    return half
+
+
+def job_of(kind: JobKind) -> Job:
+    return Job(kind, 1, np.zeros((1, 16), dtype=np.uint8), np.zeros(1, dtype=np.int64), 30.0, blocks=np.zeros(1, int))
+
+
+def test_a_worker_waits_for_less_than_vllm_gives_it() -> None:
+    """Behind the jobs there must be room for the end of L2's connection, and of the process."""
+    assert worker.JOBS_END_S + Settings().connect_timeout < envs.VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS
+
+
+@pytest.mark.parametrize("kind", [JobKind.FETCH, JobKind.PUT])
+def test_a_transfer_that_never_ends_is_ended_with_the_worker(kind: JobKind, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[float] = []
+    close = TransferAgent.close
+
+    def closing(agent: TransferAgent, *, timeout: float) -> bool:
+        given.append(timeout)
+        return close(agent, timeout=0.0)
+
+    monkeypatch.setattr(TransferAgent, "close", closing)
+    half = working(CpuCopier(), HoldingBackend())
+    pool = half._pool
+    half.begin(StepJobs(jobs=[job_of(kind)]))
+    half.shutdown()
+    assert sum(given) <= worker.JOBS_END_S
+    assert pool is not None
+    assert pool.n_leases == 0
+    with pytest.raises(ClosedError):  # its memory was given back
+        pool.allocate(1)
+
+
+def test_a_copy_that_never_ends_keeps_its_memory_and_not_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "JOBS_END_S", 0.01)
+    copier = StuckCopier()
+    half = working(copier, HoldingBackend())
+    pool, agent = half._pool, half._agent
+    assert pool is not None
+    assert agent is not None
+    half.begin_saves(StepJobs(jobs=[job_of(JobKind.SAVE)]))
+    assert copier.begun.wait(PATIENCE_S)
+    half.shutdown()
+    assert pool.n_leases == 1
+    copier.go.set()
+    assert agent.close(timeout=PATIENCE_S)
+    assert [report.status.tolist() for report in agent.poll()] == [[BlockStatus.OK]]
+    pool.close()
+
+
 # -- the scheduler half
 
 
@@ -349,15 +428,15 @@ def test_a_load_that_a_reset_overtakes_is_reported_failed(engine: Engine, sent: 
     (job,) = [job for step in steps for job in step.jobs]
     assert job.kind is JobKind.LOAD
     assert steps[-1].stale_loads == [job.number]
-    worker: Any = WorkerHalf(None, None, Settings())  # type: ignore[arg-type]
+    half: Any = WorkerHalf(None, None, Settings())  # type: ignore[arg-type]
     for step in steps:
         step.keyspace = None
-        worker._learn(step)
+        half._learn(step)
     report = JobReport(job.number, 0, np.zeros(4, dtype=np.uint8), terminal=True)
     reports = [report]
-    worker._agent = SimpleNamespace(poll=lambda: [reports.pop()] if reports else [], poll_pool=lambda: None)
-    assert worker.results() == ({"r"}, {"r"})  # though every byte was copied
-    assert worker.results() == (set(), set())
+    half._agent = SimpleNamespace(poll=lambda: [reports.pop()] if reports else [], poll_pool=lambda: None)
+    assert half.results() == ({"r"}, {"r"})  # though every byte was copied
+    assert half.results() == (set(), set())
     engine.done([job])
     engine.half.finished(request)
     stats = engine.half._index.stats()

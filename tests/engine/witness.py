@@ -7,10 +7,12 @@ While there is a file $WITNESS_FILE.hold-get or .hold-put, the process that it n
 worker's next get from, or put to, the pool, and the file is removed.
 """
 
+import faulthandler
 import hashlib
 import json
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -19,6 +21,8 @@ import torch
 from kvrdma.cache import BlockStatus, JobKind
 from kvrdma.connectors.vllm.connector import KVRDMAConnector
 from kvrdma.memory import MemfdSlabs
+
+STACKS_AFTER_S = 4.0  # vLLM, at its defaults, kills a worker soon after
 
 
 def hold_slabs(until):
@@ -81,7 +85,9 @@ class WitnessConnector(KVRDMAConnector):
         return results
 
     def shutdown(self):
+        faulthandler.dump_traceback_later(STACKS_AFTER_S, file=sys.__stderr__)  # into the log of an end that hangs
         super().shutdown()
+        faulthandler.cancel_dump_traceback_later()
         self.write([{"what": "shutdown", "half": "worker" if self._worker is not None else "scheduler"}])
 
     def note(self, what, job):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -24,6 +24,11 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
 logger = logging.getLogger(__name__)
+
+# What jobs under way may take at the end. vLLM gives a worker 5 s to shut down (VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS),
+# 4 s more after a SIGTERM, then kills it. Within the 5 s there must be room, too, for the end of L2's connection
+# (`connect_timeout` at most, where it is being made) and for that of the process, which takes torch a second or two.
+JOBS_END_S: Final = 1.5
 
 
 def slots_per_rank(settings: Settings, kv_cache_config: KVCacheConfig, world: int) -> int:
@@ -138,10 +143,10 @@ class WorkerHalf:
         agent, self._agent = self._agent, None
         if agent is None:
             return
-        ended = agent.close()
+        ended = agent.close(timeout=JOBS_END_S)
         if self._backend is not None:
             self._backend.close()  # ends the fetches and puts that are still under way
-        if ended:  # else a copy may be at the memory yet
+        if ended or agent.close(timeout=0.0):  # else a copy may be at the memory yet
             if self._copier is not None:
                 self._copier.close()
             if self._pool is not None:
