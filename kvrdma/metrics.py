@@ -7,7 +7,10 @@ from collections import Counter
 from enum import Enum
 from typing import Any, Final
 
-SECONDS_BOUNDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+SECONDS_BOUNDS: Final = (
+    *(0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05),
+    *(0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0),
+)
 """Upper bounds of the buckets that durations are counted in; one more bucket is for what lies above."""
 
 
@@ -15,7 +18,7 @@ class Reason(Enum):
     """Why a block that was looked up was not served. Each such block has exactly one."""
 
     NOT_THERE = "not_there"  # no tier has it, and none is known to have had it
-    EVICTED = "evicted"  # L1 had it, as far as the bounded list of evicted keys remembers
+    EVICTED = "evicted"  # it was there, as far as a bounded list of evicted keys remembers
     OTHER_KEYSPACE = "other_keyspace"  # this key space is empty in L2, one that nearly equals it is not
     GATE = "gate"  # computing it was expected to be faster
     TIER_DOWN = "tier_down"  # L2 did not answer, or its breaker is open

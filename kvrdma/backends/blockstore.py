@@ -19,7 +19,7 @@ around it. A slab belongs to one size class at a time and goes where it is neede
 from __future__ import annotations
 
 import itertools
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -38,6 +38,7 @@ _SLABS_WANTED: Final = 16
 _ALIGNMENT: Final = 64
 _COLDER: Final = 2
 MAX_KEYSPACES: Final = 4096
+REMEMBERED: Final = 1 << 16  # evicted blocks, for the reasons of misses
 
 
 @dataclass(slots=True, eq=False)
@@ -145,6 +146,7 @@ class BlockStore:
         self._space_numbers = itertools.count()
         self._blocks_in: Counter[int] = Counter()
         self._blocks_of: Counter[bytes] = Counter()  # by shard
+        self._evicted: OrderedDict[int, None] = OrderedDict()  # hashes of names: a wrong one is a wrong statistic
         self.counts: Counter[str] = Counter()
 
     # -- key spaces
@@ -184,6 +186,10 @@ class BlockStore:
         """Whether a block is there, whole."""
         return name in self._entries
 
+    def was_evicted(self, name: bytes) -> bool:
+        """Whether a block that is not there once was, as far as it is remembered."""
+        return hash(name) in self._evicted
+
     def reserve(self, keyspace: int, names: Sequence[bytes], nbytes: Sequence[int]) -> list[Entry | None]:
         """Take slots for blocks that are not there yet, evicting others; None for those that get none.
 
@@ -215,6 +221,7 @@ class BlockStore:
         slab.entries[entry.slot] = entry
         slab.used += entry.used
         slab.size_class.policy.insert(entry.name)
+        self._evicted.pop(hash(entry.name), None)
         self._entries[entry.name] = entry
         self._by_generation[entry.generation] = entry
         self._nbytes += entry.nbytes
@@ -342,6 +349,9 @@ class BlockStore:
     def _evict(self, entry: Entry) -> None:
         entry.slab.size_class.policy.evict(entry.name)
         self.counts["evicted_blocks"] += 1
+        self._evicted[hash(entry.name)] = None
+        if len(self._evicted) > REMEMBERED:
+            self._evicted.popitem(last=False)
         self._forget(entry)
 
     def _forget(self, entry: Entry) -> None:

@@ -238,6 +238,8 @@ class CacheIndex:
 
     def on_probe(self, answer: ProbeAnswer) -> None:
         """L2 has answered."""
+        if answer.seconds is not None:
+            self.metrics.observe("lookup", answer.seconds)
         self._lookups.on_probe(answer)
 
     def on_report(self, report: JobReport) -> bool:

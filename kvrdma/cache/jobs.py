@@ -82,9 +82,10 @@ class Probe:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ProbeAnswer:
-    """L2's answer, as `backends.Lookup` has it."""
+    """L2's answer, as `backends.Lookup` has it; `seconds` is how long it took, None where none came."""
 
     number: int
     present: NDArray[np.bool_]
     down: bool
     differs: tuple[str, ...]
+    seconds: float | None = None

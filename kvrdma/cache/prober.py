@@ -77,8 +77,9 @@ class Prober:
             logger.exception("L2 could not be asked")
         while (asked := self._probes.get()) is not None and not self._closed:
             probe, since = asked
+            begun, seconds = time.monotonic(), None
             try:
-                if time.monotonic() - since < self._timeout:
+                if begun - since < self._timeout:
                     found = self._backend.lookup(probe.keys, self._shards, timeout=self._timeout)
                 else:  # nobody waits for it any more
                     found = Lookup.unavailable(len(probe.keys))
@@ -88,6 +89,8 @@ class Prober:
             except Exception:  # a backend's fault must not silence every lookup that follows
                 logger.exception("probe %d failed", probe.number)
                 found = Lookup.unavailable(len(probe.keys))
-            self._answers.append(ProbeAnswer(probe.number, found.present, found.down, found.differs))
+            if not found.down:
+                seconds = time.monotonic() - begun
+            self._answers.append(ProbeAnswer(probe.number, found.present, found.down, found.differs, seconds))
             if self._on_answer is not None:
                 self._on_answer()

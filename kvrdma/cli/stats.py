@@ -52,6 +52,11 @@ def stats(
             cells = (seconds["sum"] / count, quantile(seconds["counts"], 0.5), quantile(seconds["counts"], 0.99))
             durations.add_row(name, f"{count:,}", *(f"{cell:.4g}" for cell in cells))
         console.print(durations)
+    if found.get("misses"):
+        reasons = Table("reason", "blocks", title="misses")
+        for reason, n in found["misses"].items():
+            reasons.add_row(reason, _show(n))
+        console.print(reasons)
 
 
 def _show(value: Any) -> str:

@@ -160,10 +160,10 @@ class PoolServer:
         self._store.close()
 
     def stats(self) -> dict[str, Any]:
-        """Counters and gauges by name; durations of puts and leases under `seconds`."""
+        """Counters and gauges by name; misses by reason under `misses`, durations by operation under `seconds`."""
         return {
             **self._store.stats(),
-            "seconds": self._metrics.snapshot()["seconds"],
+            **self._metrics.snapshot(),
             "clients": len(self._sessions),
             "leases": sum(session.n_leases for session in self._sessions.values()),
             "policy": self.settings.policy,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 from kvrdma.errors import ConfigError, TransportError
-from kvrdma.metrics import SECONDS_BOUNDS
+from kvrdma.metrics import SECONDS_BOUNDS, Reason
 
 REQUEST_TIMEOUT_S: Final = 5.0
 MAX_REQUESTS: Final = 16  # at once: whoever reaches the port needs no token, and must not be in anybody's way
@@ -61,6 +61,7 @@ _GAUGES: Final = {
     "keyspaces": ("Key spaces that were opened.", "keyspaces"),
     "uptime_seconds": ("Seconds since the start.", "uptime_s"),
 }
+_MISSES: Final = (Reason.NOT_THERE, Reason.EVICTED, Reason.OTHER_KEYSPACE)
 
 
 class Exporter:
@@ -160,9 +161,15 @@ def families(stats: dict[str, Any]) -> Iterable[Any]:
     for row in stats.get("by_size", ()):
         by_size.add_metric([str(row["nbytes"])], row["blocks"])
     yield by_size
+    misses = CounterMetricFamily(
+        "kvrdma_pool_miss_blocks", "Blocks asked about or wanted that were not there, by reason.", labels=["reason"]
+    )
+    for reason in _MISSES:
+        misses.add_metric([reason.value], stats.get("misses", {}).get(reason.value, 0))
+    yield misses
     histogram = HistogramMetricFamily(
         "kvrdma_pool_operation_seconds",
-        "How long a put took, and how long a lease was held.",
+        "How long a lookup, a get (until it is leased) and a put took, and how long a lease was held.",
         labels=["operation"],
     )
     for name, seconds in stats.get("seconds", {}).items():

@@ -19,7 +19,7 @@ from kvrdma.errors import ConfigError, KVRDMAError, ProtocolError, TransportErro
 from kvrdma.keys import KEY_NBYTES, KeySpace, unpack_keys
 from kvrdma.layout import SHARD_NBYTES, Bitmap, Checksums, Int64s, Shard, checksum
 from kvrdma.memory import Memory
-from kvrdma.metrics import Metrics
+from kvrdma.metrics import Metrics, Reason
 from kvrdma.protocol import Message
 from kvrdma.transports import Endpoint, MemoryRegion, Opcode, Priority, RemoteRegion, Transfer, TransferBatch
 
@@ -168,11 +168,15 @@ class ClientSession:
             raise ProtocolError(f"lookup: 1 to {MAX_SHARDS} shards of {SHARD_NBYTES} bytes each are needed")
         if len(keys) * len(message.shards) > MAX_LOOKUP_PAIRS:
             return protocol.ErrorReply(message.seq, f"a lookup has at most {MAX_LOOKUP_PAIRS} pairs of key and shard")
-        present = bytes(all(self._store.has(key + shard) for shard in message.shards) for key in keys)
+        begun = self._now()
+        lacking = [next((key + s for s in message.shards if not self._store.has(key + s)), None) for key in keys]
+        present = bytes(name is None for name in lacking)
         differs = [] if any(present) else self._store.nearest_filled(message.keyspace)
         self._store.counts["lookup_blocks"] += len(keys)
         self._store.counts["lookup_hits"] += sum(present)
-        return protocol.LookupReply(message.seq, present, list(differs))
+        self._count_misses([name for name in lacking if name is not None], elsewhere=bool(differs))
+        self._metrics.observe("lookup", self._now() - begun)
+        return protocol.LookupReply(message.seq, present, differs)
 
     def _get(self, message: protocol.GetRequest) -> Message | None:
         self._check_keyspace(message.keyspace)
@@ -184,14 +188,15 @@ class ClientSession:
         held = sum(self._gets.values()) + sum(len(entries) for entries, *_ in self._leases.values())
         if held + len(names) > MAX_LEASED_KEYS:
             return protocol.ErrorReply(message.seq, f"a connection's leases hold at most {MAX_LEASED_KEYS} blocks")
+        begun = self._now()
         if self._endpoint.done():
-            return self._lease(message, names)
-        task = asyncio.get_running_loop().create_task(self._get_later(message, names))
+            return self._lease(message, names, begun)
+        task = asyncio.get_running_loop().create_task(self._get_later(message, names, begun))
         self._gets[task] = len(names)
         task.add_done_callback(self._gets.pop)
         return None
 
-    async def _get_later(self, message: protocol.GetRequest, names: list[bytes]) -> None:
+    async def _get_later(self, message: protocol.GetRequest, names: list[bytes], begun: float) -> None:
         """A get that overtook the news of its own data connection, which comes from the transport's thread."""
         try:
             await asyncio.wait_for(asyncio.shield(self._endpoint), ATTACH_TIMEOUT_S)
@@ -200,9 +205,9 @@ class ClientSession:
         except asyncio.CancelledError:
             logger.debug("%s: left before its data connection came", self.name)
         else:
-            self._send(self._lease(message, names))
+            self._send(self._lease(message, names, begun))
 
-    def _lease(self, message: protocol.GetRequest, names: list[bytes]) -> Message:
+    def _lease(self, message: protocol.GetRequest, names: list[bytes], begun: float) -> Message:
         """Pin the blocks that are there, and say where they lie."""
         pinned = self._store.pin(names)
         entries = [entry for entry in pinned if entry is not None]
@@ -217,6 +222,10 @@ class ClientSession:
         self._store.counts["get_blocks"] += len(names)
         self._store.counts["get_hits"] += len(entries)
         self._store.counts["read_bytes"] += int(nbytes.sum())
+        gone = [name for name, entry in zip(names, pinned, strict=True) if entry is None]
+        elsewhere = len(gone) == len(names) and bool(self._store.nearest_filled(message.keyspace))
+        self._count_misses(gone, elsewhere=elsewhere)
+        self._metrics.observe("get", self._now() - begun)
         return protocol.GetReply(
             message.seq,
             lease,
@@ -278,7 +287,7 @@ class ClientSession:
 
     async def _put(self, put: _Put) -> None:
         """Reserve, read from the client, verify, commit: a block is there only once all of that is done."""
-        begun = asyncio.get_running_loop().time()
+        begun = self._now()
         timeout = min(MAX_PUT_S, max(0.001, put.message.timeout_ms / 1000))
         present = [self._store.has(name) for name in put.names]
         sizes = np.bincount(put.spans[0], weights=put.spans[3]).astype(np.int64).tolist()
@@ -311,7 +320,7 @@ class ClientSession:
                 if not committed[i]:
                     self._store.give_up(entry)
                     self._store.counts["failed_blocks"] += 1
-            self._metrics.observe("put", asyncio.get_running_loop().time() - begun)
+            self._metrics.observe("put", self._now() - begun)
         self._send(protocol.PutReply(put.message.seq, status.tobytes()))
 
     async def _read(
@@ -370,7 +379,16 @@ class ClientSession:
             entries, timer, begun = held
             timer.cancel()
             self._store.unpin(entries)
-            self._metrics.observe("lease", asyncio.get_running_loop().time() - begun)
+            self._metrics.observe("lease", self._now() - begun)
+
+    def _count_misses(self, names: list[bytes], *, elsewhere: bool) -> None:
+        """Count blocks that are not there; `elsewhere`: this key space is empty, and a similar one is not."""
+        n_evicted = sum(map(self._store.was_evicted, names))
+        self._metrics.miss(Reason.EVICTED, n_evicted)
+        self._metrics.miss(Reason.OTHER_KEYSPACE if elsewhere else Reason.NOT_THERE, len(names) - n_evicted)
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
 
     def _check_keyspace(self, number: int) -> None:
         if number not in self._keyspaces:

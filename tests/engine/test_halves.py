@@ -281,7 +281,7 @@ def test_a_copy_that_never_ends_keeps_its_memory_and_not_the_worker(monkeypatch:
 class Engine:
     """The scheduler half, vLLM's block pool, and a rank that does whatever it is sent."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> None:
         for name, value in {
             "make_keyspace": SPACE,
             "make_shards": [Shard(0, 0, 2, 0, 2)],
@@ -289,7 +289,7 @@ class Engine:
             "slots_per_rank": N_SLOTS,
         }.items():
             monkeypatch.setattr(scheduler, name, lambda *_, value=value: value)
-        self.half = SchedulerHalf(vllm_config(), kv_config(full()), Settings(save_share=1.0))
+        self.half = SchedulerHalf(vllm_config(), kv_config(full()), Settings(save_share=1.0, **settings))
         self.pool = BlockPool(N_BLOCKS, True, BLOCK)
         self.half.bind_block_pool(self.pool)
         self.half.on_reports(RankReports([], [PoolReport(0, N_SLOTS, growing=False)]))
@@ -368,6 +368,21 @@ def test_a_failed_save_gives_the_blocks_back_too(engine: Engine) -> None:
     engine.done(engine.step((request, 0)).jobs, BlockStatus.FAILED)
     assert engine.refs(request) == [1] * 4
     assert engine.matched(request_of("s")) == 0
+
+
+def test_failures_of_l2_that_lookups_meet_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scheduler's half has a connection, and a breaker, of its own."""
+    engine = Engine(monkeypatch, l2="kvrdma://127.0.0.1:1")  # nobody listens there
+    assert engine.matched(request_of("r")) == 0
+    counted: list[int] = []
+
+    def told() -> bool:
+        news = engine.half.news()
+        counted.append(0 if news is None else news.data["counters"].get("l2_failures", 0))
+        return sum(counted) > 0
+
+    eventually("a failure is told of", told)
+    engine.half.close()
 
 
 def test_a_null_block_in_a_table_is_not_saved_and_keeps_nobody_elses_jobs(

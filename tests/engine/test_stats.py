@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from kvrdma.connectors.vllm import KVRDMAConnector
 from kvrdma.connectors.vllm.stats import KVRDMAPromMetrics, KVRDMAStats, StatsFeed
-from kvrdma.metrics import Metrics, Reason
+from kvrdma.metrics import SECONDS_BOUNDS, Metrics, Reason
 
 if TYPE_CHECKING:
     from processes import EngineProcess
@@ -48,17 +48,20 @@ def stats(**parts: dict) -> KVRDMAStats:
 
 
 def test_ranks_and_intervals_add_up_and_change_neither() -> None:
-    buckets = [1, *[0] * 15]
+    buckets = [1, *[0] * len(SECONDS_BOUNDS)]
     one = stats(counters={"load_bytes": 8_000_000}, seconds={"load": {"counts": buckets, "sum": 0.001}})
     two = stats(
         counters={"load_bytes": 2_000_000, "put_blocks": 1}, seconds={"load": {"counts": buckets, "sum": 0.002}}
     )
+    leases = stats(leases={"0": 4, "1": 5}).aggregate(stats(leases={"0": 0}))  # of two ranks, and one of them later
+    assert leases.data["leases"] == {"0": 0, "1": 5}
+    assert not leases.is_empty()
     both = one.aggregate(two).aggregate(stats(misses={"gate": 3}, gauges={"zombies": 2}))
     assert both.data["counters"] == {"load_bytes": 10_000_000, "put_blocks": 1}
     assert both.data["seconds"]["load"]["counts"][0] == 2
     assert one.data["counters"] == {"load_bytes": 8_000_000}
     line = both.reduce()
-    assert (line["load_MB"], line["load_p50_s"], line["miss_gate"], line["zombies"]) == (10.0, 0.001, 3, 2)
+    assert (line["load_MB"], line["load_p50_s"], line["miss_gate"], line["zombies"]) == (10.0, SECONDS_BOUNDS[0], 3, 2)
     assert not both.is_empty()
     both.reset()
     assert both.is_empty()
@@ -75,7 +78,7 @@ def test_prometheus() -> None:
     kinds = {cls: bound(cls) for cls in (Counter, Gauge, Histogram)}
     config = type("Config", (), {"kv_transfer_config": None})()
     metrics = KVRDMAPromMetrics(config, kinds, ["model", "engine"], {0: ["m", "0"], 1: ["m", "1"]})
-    seconds = {"load": {"counts": [2, *[0] * 14, 1], "sum": 100.0}}
+    seconds = {"load": {"counts": [2, *[0] * (len(SECONDS_BOUNDS) - 1), 1], "sum": 100.0}}
     news = stats(
         counters={
             "looked_up_blocks": 4,
@@ -87,6 +90,7 @@ def test_prometheus() -> None:
         misses={"tier_down": 1},
         seconds=seconds,
         gauges={"l1_blocks": 9},
+        leases={"0": 2, "1": 3},
     )
     metrics.observe(news.to_dict(), engine_idx=1)
     metrics.observe(news.to_dict(), engine_idx=1)
@@ -100,9 +104,17 @@ def test_prometheus() -> None:
     assert (value("l1_growth_failures_total"), value("l2_failures_total")) == (2, 4)
     assert value("miss_blocks_total", reason="tier_down") == 2
     assert value("l1_blocks") == 9
-    assert value("operation_seconds_bucket", operation="load", le="0.001") == 4
+    assert (value("leases", rank="0"), value("leases", rank="1")) == (2, 3)
+    assert value("operation_seconds_bucket", operation="load", le=str(SECONDS_BOUNDS[0])) == 4
     assert value("operation_seconds_bucket", operation="load", le="60.0") == 4
     assert value("operation_seconds_count", operation="load") == 6
+
+
+def test_a_lookup_in_l2_has_a_duration_and_no_bytes() -> None:
+    metrics, feed = Metrics(), StatsFeed()
+    metrics.observe("lookup", 0.0002)
+    line = feed.news(totals(metrics)).reduce()
+    assert line == {"lookup_p50_s": 0.00025, "lookup_p99_s": 0.00025}
 
 
 def test_a_real_engine_counts_what_it_loads(reader: EngineProcess, text: list[int]) -> None:
@@ -129,3 +141,5 @@ def test_a_real_engine_counts_what_it_loads(reader: EngineProcess, text: list[in
     assert total("moved_bytes_total", 'operation="save"') > 0
     assert total("lookup_blocks_total") == total("hit_blocks_total") + total("miss_blocks_total")
     assert total("operation_seconds_count", 'operation="load"') == 1
+    assert total("operation_seconds_count", 'operation="lookup"') >= 1
+    assert now[next(name for name in now if name.startswith("kvrdma:leases"))] >= 0

@@ -8,11 +8,12 @@ import socket
 import subprocess
 import sys
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
-from serving import PATIENCE_S, Client, Program, RawClient, Server, eventually, get_request
+from serving import PATIENCE_S, SPACE, Client, Program, RawClient, Server, eventually, get_request
 
 from kvrdma import protocol
 from kvrdma.server.exporter import MAX_REQUESTS
@@ -33,6 +34,7 @@ def metrics(port: int) -> dict[str, float]:
 
 
 def test_stats_as_one_object_and_as_tables(server: Server, client: Client) -> None:
+    assert client.found() == [False] * 8
     assert client.put().result().all()
     assert client.put().result().all()
     assert client.get().result().all()
@@ -41,12 +43,34 @@ def test_stats_as_one_object_and_as_tables(server: Server, client: Client) -> No
     stats = json.loads(ended.stdout)
     assert (stats["blocks"], stats["stored_blocks"], stats["existing_blocks"], stats["get_hits"]) == (8, 8, 8, 8)
     assert stats["by_size"] == [{"nbytes": 64 << 10, "slabs": 1, "blocks": 8, "pinned": 0}]
-    assert sum(stats["seconds"]["put"]["counts"]) == 2
-    assert sum(stats["seconds"]["lease"]["counts"]) == 1
+    assert stats["misses"] == {"not_there": 8}
+    taken = {name: sum(seconds["counts"]) for name, seconds in stats["seconds"].items()}
+    assert taken == {"lookup": 1, "get": 1, "lease": 1, "put": 2}
     shown = run("stats", server.url)
     assert shown.returncode == 0
     assert "stored_blocks" in shown.stdout
     assert "65,536" in shown.stdout
+    assert "not_there" in shown.stdout
+
+
+def test_misses_have_reasons_that_add_up(server: Server) -> None:
+    """Not there; evicted; or where another key space has blocks and this one is empty."""
+    nbytes = 4 << 20  # the server holds 16 of them
+    with Client(server.url, nbytes=nbytes) as client:
+        assert client.put(slice(0, 4)).result().all()
+        client.found()
+        client.get().result()
+        with Client(server.url, nbytes=nbytes, space=replace(SPACE, weights="tuned")) as other:
+            other.found()
+            other.get().result()
+        with Client(server.url, n=16, nbytes=nbytes, first=100) as large:
+            assert large.put().result().all()
+        client.found()
+        client.get().result()
+    stats = server.stats()
+    assert stats["misses"] == {"not_there": 2 * 4 + 2 * 4, "evicted": 2 * 4, "other_keyspace": 2 * 8}
+    hits = stats["lookup_hits"] + stats["get_hits"]
+    assert stats["lookup_blocks"] + stats["get_blocks"] == hits + sum(stats["misses"].values())
 
 
 def test_stats_of_nobody() -> None:
@@ -77,7 +101,8 @@ def test_the_metrics_port() -> None:
             found = metrics(port)
         assert found['kvrdma_pool_put_blocks_total{outcome="stored"}'] == 8
         assert found['kvrdma_pool_bytes_total{direction="out"}'] == 8 * (64 << 10)
-        assert found['kvrdma_pool_operation_seconds_count{operation="put"}'] == 1
+        for operation in ("get", "put", "lease"):
+            assert found[f'kvrdma_pool_operation_seconds_count{{operation="{operation}"}}'] == 1
         assert found["kvrdma_pool_clients"] == 1
         server.process.terminate()
         assert server.ended() == 0

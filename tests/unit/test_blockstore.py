@@ -133,6 +133,17 @@ def test_what_was_used_longest_ago_makes_room() -> None:
         assert store.stats()["evicted_blocks"] == 2
 
 
+def test_evicted_blocks_are_remembered_and_only_so_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blockstore, "REMEMBERED", 3)
+    with opened(1) as store:
+        store_all(store, *range(8))
+        store_all(store, *range(8, 12))
+        assert [store.was_evicted(name) for name in names(*range(5))] == [False, True, True, True, False]
+        store_all(store, 1)  # it is back
+        store.delete({name[:KEY_NBYTES] for name in names(6)})
+        assert [store.was_evicted(name) for name in names(1, 2, 3, 4, 6)] == [False, True, True, True, False]
+
+
 def test_pinned_and_reserved_blocks_are_never_evicted() -> None:
     with opened(1) as store:
         store_all(store, *range(6))

@@ -266,8 +266,9 @@ def test_pending_while_l2_is_asked_and_only_about_what_l1_has_not() -> None:
     assert unpack_keys(probe.keys) == chain("bc")
     assert world.lookup("r", "abc") == STILL_PENDING
     assert world.index.take_probes() == []
-    world.index.on_probe(ProbeAnswer(probe.number, np.zeros(2, dtype=np.bool_), down=False, differs=()))
+    world.index.on_probe(ProbeAnswer(probe.number, np.zeros(2, dtype=np.bool_), False, (), seconds=0.25))
     assert world.offered("r", "abc") == 1
+    assert world.index.stats()["seconds"]["lookup"]["sum"] == 0.25
     world.check_ended("r")
 
 

@@ -57,6 +57,7 @@ def test_what_prometheus_gets() -> None:
                 "existing_blocks": 2,
                 "blocks": 7,
                 "by_size": [{"nbytes": 4096, "blocks": 7}],
+                "misses": {"evicted": 3},
                 "seconds": {"put": histogram.snapshot()},
             }
         )
@@ -69,6 +70,7 @@ def test_what_prometheus_gets() -> None:
     assert value("put_blocks_total", outcome="existing") == 2
     assert value("put_blocks_total", outcome="stored") == 0
     assert value("stored_blocks") == 7
+    assert (value("miss_blocks_total", reason="evicted"), value("miss_blocks_total", reason="not_there")) == (3, 0)
     assert value("size_class_blocks", nbytes="4096") == 7
     assert value("operation_seconds_bucket", operation="put", le="0.001") == 0
     assert value("operation_seconds_bucket", operation="put", le="0.0025") == 2

@@ -59,6 +59,7 @@ def test_every_probe_is_answered_in_order_also_one_that_fails(failure: Exception
         (1, False, [True] * 2),
         (2, False, [True] * 3),
     ]
+    assert [answer.seconds is None for answer in answers] == [True, False, False]
     assert prober.poll() == []
     prober.close()
 

@@ -50,7 +50,7 @@ _GAUGE_NAMES: Final = frozenset(name for _, name in _GAUGES.values()) | {"l1_fre
 
 
 class KVRDMAStats(KVConnectorStats):
-    """`data`: `counters`, `misses` and `seconds` since the last time, and `gauges` as they are.
+    """`data`: `counters`, `misses` and `seconds` since the last time; `gauges`, and `leases` by rank, as they are.
 
     `seconds` has the counts by bucket of `SECONDS_BOUNDS`, and a sum, of each operation.
     """
@@ -71,6 +71,7 @@ class KVRDMAStats(KVConnectorStats):
                     for name in {**mine.get("seconds", {}), **theirs.get("seconds", {})}
                 },
                 "gauges": {**mine.get("gauges", {}), **theirs.get("gauges", {})},
+                "leases": {**mine.get("leases", {}), **theirs.get("leases", {})},
             }
         )
 
@@ -84,14 +85,15 @@ class KVRDMAStats(KVConnectorStats):
         }
         line |= {f"miss_{reason}": n for reason, n in misses.items()}
         for name, seconds in self.data.get("seconds", {}).items():
-            line[f"{name}_MB"] = round(counters.get(f"{name}_bytes", 0) / 1e6, 1)
+            if name in OPERATIONS:
+                line[f"{name}_MB"] = round(counters.get(f"{name}_bytes", 0) / 1e6, 1)
             line[f"{name}_p50_s"] = quantile(seconds["counts"], 0.5)
             line[f"{name}_p99_s"] = quantile(seconds["counts"], 0.99)
         return line | {name: n for name, n in self.data.get("gauges", {}).items() if name == "zombies" and n}
 
     def is_empty(self) -> bool:
         """Whether nothing happened."""
-        return not any(self.data.get(part) for part in ("counters", "misses", "seconds", "gauges"))
+        return not any(self.data.get(part) for part in ("counters", "misses", "seconds", "gauges", "leases"))
 
 
 class StatsFeed:
@@ -122,7 +124,10 @@ class StatsFeed:
                     "sum": now["sum"] - then["sum"],
                 }
         gauges = {name: n for name, n in numbers.items() if name in _GAUGE_NAMES}
-        return KVRDMAStats({"counters": counters, "misses": misses, "seconds": seconds, "gauges": gauges})
+        leases = totals.get("leases", {})
+        return KVRDMAStats(
+            {"counters": counters, "misses": misses, "seconds": seconds, "gauges": gauges, "leases": leases}
+        )
 
 
 class KVRDMAPromMetrics(KVConnectorPromMetrics):
@@ -144,6 +149,11 @@ class KVRDMAPromMetrics(KVConnectorPromMetrics):
         self._gauges: dict[str, Any] = {
             name: gauge(name=name, documentation=help_, labelnames=labelnames) for name, (help_, _) in _GAUGES.items()
         }
+        self._leases: Any = gauge(
+            name="kvrdma:leases",
+            documentation="Copies, fetches and puts that hold slots of a rank.",
+            labelnames=[*labelnames, "rank"],
+        )
         self._misses: Any = counter(
             name="kvrdma:miss_blocks",
             documentation="Looked-up blocks that were not served; each has exactly one reason.",
@@ -151,7 +161,8 @@ class KVRDMAPromMetrics(KVConnectorPromMetrics):
         )
         self._seconds: Any = histogram(
             name="kvrdma:operation_seconds",
-            documentation="How long an operation took, from its job to its end; the sum is rounded up by bucket.",
+            documentation="How long an operation took, from its job to its end, and L2 to answer a lookup; "
+            "the sum is rounded up by bucket.",
             labelnames=[*labelnames, "operation"],
             buckets=SECONDS_BOUNDS,
         )
@@ -169,6 +180,8 @@ class KVRDMAPromMetrics(KVConnectorPromMetrics):
         for name, (_, gauge) in _GAUGES.items():
             if gauge in gauges:
                 self._gauges[name].labels(*labels).set(gauges[gauge])
+        for rank, n in transfer_stats_data.get("leases", {}).items():
+            self._leases.labels(*labels, rank).set(n)
         for name, seconds in transfer_stats_data.get("seconds", {}).items():
             histogram = self._seconds.labels(*labels, name)
             # A histogram of Prometheus takes one duration at a time: those of a bucket count as its upper bound.

@@ -136,7 +136,8 @@ class WorkerHalf:
         if self._agent is None:
             return None
         failures = 0 if self._backend is None else self._backend.failures
-        return self._stats.news({**self._agent.stats(), "l2_failures": failures})
+        leases = {str(self._rank): 0 if self._pool is None else self._pool.n_leases}
+        return self._stats.news({**self._agent.stats(), "l2_failures": failures, "leases": leases})
 
     def shutdown(self) -> None:
         """Let transfers end, within bounds, and give everything back."""
