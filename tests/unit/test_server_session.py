@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import replace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from kvrdma.policies import policies
 from kvrdma.protocol import Message
 from kvrdma.server import session
 from kvrdma.server.session import MAX_KEYSPACES, MAX_SHARDS, ClientSession, Slabs
+from kvrdma.transports import Endpoint
 
 SPACE = KeySpace("m", "w", "c", "bfloat16", "a", head_size=64, layers=2, block_tokens=4)
 SHARD = Shard(0, 0, 2, 0, 1).encode()
@@ -110,6 +112,64 @@ def test_what_waits_for_a_data_connection_is_bounded(monkeypatch: pytest.MonkeyP
         refused = [(reply.seq, reply.text) for reply in said if isinstance(reply, protocol.ErrorReply)]
         assert [seq for seq, _ in refused] == [2, 3, 4]
         assert all("at most" in text for _, text in refused)
+        await client.end()
+        store.close()
+
+    asyncio.run(scenario())
+
+
+class Here:
+    """A data connection that is only there: what is asked of it in these tests moves no byte."""
+
+    scheme = "tcp"
+
+    def abort(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("connected", [False, True])
+def test_there_are_only_so_many_leases(monkeypatch: pytest.MonkeyPatch, connected: bool) -> None:
+    """Those that are held, and gets that wait for the data connection and will hold one."""
+    monkeypatch.setattr(session, "MAX_LEASES", 4)
+
+    async def scenario() -> None:
+        said: list[Message] = []
+        store = BlockStore(8 << 20, policies.get("lru"))
+        client = ClientSession("peer", b"t", store, lambda _: Slabs({}, {}), said.append, lease_s=30)
+        client.handle(opening(SPACE))
+        if connected:
+            client.attach(cast("Endpoint", Here()))
+        for number in range(10, 16):
+            client.handle(protocol.GetRequest(number, 0, SHARD, bytes(KEY_NBYTES)))
+        refused = [(reply.seq, reply.text) for reply in said if isinstance(reply, protocol.ErrorReply)]
+        assert refused == [(number, "a connection holds at most 4 leases") for number in (14, 15)]
+        if connected:
+            assert client.n_leases == 4
+            held = [reply.lease for reply in said if isinstance(reply, protocol.GetReply)]
+            client.handle(protocol.Release(0, held[0], b""))
+            client.handle(protocol.GetRequest(16, 0, SHARD, bytes(KEY_NBYTES)))
+            assert isinstance(said[-1], protocol.GetReply)
+        await client.end()
+        store.close()
+
+    asyncio.run(scenario())
+
+
+def test_there_are_only_so_many_puts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "MAX_PUTS", 4)
+
+    async def scenario() -> None:
+        said: list[Message] = []
+        store = BlockStore(8 << 20, policies.get("lru"))
+        client = ClientSession("peer", b"t", store, lambda _: Slabs({}, {}), said.append, lease_s=30)
+        client.handle(opening(SPACE))
+        zero = np.zeros(1, dtype=np.int64)
+        spans = protocol.pack_columns(zero, zero, zero, zero + 1)
+        for number in range(10, 16):
+            key = bytes([number]) * KEY_NBYTES
+            client.handle(protocol.PutRequest(number, 0, SHARD, key, bytes(8), [["tcp", 1, b""]], spans, 100_000))
+        refused = [(reply.seq, reply.text) for reply in said if isinstance(reply, protocol.ErrorReply)]
+        assert refused == [(number, "a connection has at most 4 puts under way") for number in (14, 15)]
         await client.end()
         store.close()
 
