@@ -15,6 +15,7 @@ from typing import Any, Final
 from kvrdma import protocol
 from kvrdma.backends.blockstore import BlockStore, check_capacity
 from kvrdma.errors import AuthenticationError, ConfigError, ProtocolError, TransportError
+from kvrdma.logs import LimitedLog
 from kvrdma.memory import Memory
 from kvrdma.metrics import Metrics
 from kvrdma.policies import open_policy
@@ -92,6 +93,7 @@ class PoolServer:
         self._server: asyncio.Server | None = None
         self._exporter: Exporter | None = None
         self._metrics = Metrics()
+        self._turned_away = LimitedLog(logger)
         self._started = time.monotonic()
         self._draining = False
 
@@ -157,6 +159,7 @@ class PoolServer:
         for transport in self._transports.values():
             transport.close()
         self._transports.clear()
+        self._turned_away.close()
         self._store.close()
 
     def stats(self) -> dict[str, Any]:
@@ -206,7 +209,7 @@ class PoolServer:
     def _on_endpoint(self, endpoint: Endpoint) -> None:
         session = self._sessions.get(endpoint.ticket)
         if session is None:
-            logger.warning("a data connection from %s with a ticket that is not ours", endpoint.peer)
+            self._turned_away.warning("a data connection from %s with a ticket that is not ours", endpoint.peer)
             asyncio.get_running_loop().run_in_executor(None, endpoint.abort)
         else:
             session.attach(endpoint)
@@ -227,10 +230,11 @@ class PoolServer:
             if session is not None:
                 await self._converse(connection, session)
         except AuthenticationError as error:
-            logger.warning("%s: %s", connection.peer, error)
+            self._turned_away.warning("%s: %s", connection.peer, error)
             self._store.counts["refused_proofs"] += 1
         except ProtocolError as error:
-            logger.warning("%s: %s", connection.peer, error)
+            log = self._turned_away if session is None else logger
+            log.warning("%s: %s", connection.peer, error)
             self._store.counts["protocol_errors"] += 1
             connection.send(protocol.Goodbye(0, str(error)))
         except (OSError, EOFError) as error:  # time-outs among them

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
 import threading
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ from kvrdma import protocol
 from kvrdma.auth import Role, make_nonce, prove
 from kvrdma.backends import open_backend
 from kvrdma.errors import AuthenticationError, KVRDMAError, TransportError
+from kvrdma.logs import LINES
 from kvrdma.protocol import FrameDecoder
 from kvrdma.server import PoolServer, ServerSettings
 from kvrdma.server.app import MAX_STRANGERS
@@ -253,9 +256,33 @@ def test_strangers_do_not_keep_clients_out(token_file: str) -> None:
                     return False
 
             eventually(served)
+            assert int(str(stats(server.url, token_file=token_file)["refused_clients"])) >= 9
         finally:
             for sock in strangers:
                 sock.close()
+
+
+def test_strangers_do_not_fill_the_log(guarded: Server, token_file: str) -> None:
+    """Many wrong proofs, and much garbage on the data port: a few lines, and how many more there were."""
+    n = 5 * LINES
+    for _ in range(n):
+        with RawClient(guarded.port, hello=False) as raw, pytest.raises(AssertionError, match="another token"):
+            raw.greet(b"a token that is not the one")
+    with RawClient(guarded.port, hello=False) as raw:
+        raw.greet(TOKEN.encode())
+        host, port = raw.data_address.rsplit(":", 1)
+        for _ in range(n):
+            with socket.create_connection((host, int(port)), timeout=PATIENCE_S) as sock:
+                sock.sendall(bytes(100))
+                with contextlib.suppress(ConnectionError):
+                    while sock.recv(4096):
+                        pass
+    assert stats(guarded.url, token_file=token_file)["refused_proofs"] == n
+    guarded.signal(signal.SIGTERM)
+    assert guarded.ended() == 0
+    for said in ("its proof does not hold", "tcp listener"):
+        assert sum(said in line for line in guarded.lines) == LINES
+    assert sum(f"{n - LINES} more warnings" in line for line in guarded.lines) == 2
 
 
 def test_there_are_only_so_many_clients() -> None:

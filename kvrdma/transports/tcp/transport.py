@@ -22,6 +22,7 @@ from kvrdma.errors import (
     ProtocolError,
     TransportError,
 )
+from kvrdma.logs import LimitedLog
 from kvrdma.memory import Memory
 from kvrdma.settings import Url, host_and_port
 from kvrdma.transports.base import (
@@ -202,6 +203,7 @@ class TcpListener(Listener):
         port = sock.getsockname()[1]
         self._contact = host_and_port(host, port)
         self._guests: set[_Guest] = set()
+        self._turned_away = LimitedLog(logger)
         self._ready: queue.SimpleQueue[Endpoint | None] = queue.SimpleQueue()
         self._callback: Callable[[Endpoint], None] | None = None
         self._closed = False
@@ -246,6 +248,7 @@ class TcpListener(Listener):
         self._sock.close()
         for guest in list(self._guests):
             self._dismiss(guest)
+        self._turned_away.close()
 
     def _accept(self) -> None:
         for _ in range(_ACCEPTS_A_TURN):
@@ -289,7 +292,7 @@ class TcpListener(Listener):
         except BlockingIOError:
             return
         except (ProtocolError, AuthenticationError) as error:
-            logger.warning("tcp listener %s: %s: %s", self._contact, guest.peer, error)
+            self._turned_away.warning("tcp listener %s: %s: %s", self._contact, guest.peer, error)
             if guest.greeting is None:  # a peer of another version learns which one this is
                 with contextlib.suppress(OSError):
                     guest.sock.send(wire.encode_challenge(guest.challenge))
