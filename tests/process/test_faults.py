@@ -39,15 +39,15 @@ from kvrdma.memory import Memory
 from kvrdma.server import PoolServer, ServerSettings
 from kvrdma.transports import RemoteRegion, Rights
 from kvrdma.transports.tcp import TcpTransport
-from kvrdma.transports.tcp.transport import parse_address
+from kvrdma.transports.tcp.session import parse_address
 
 NOWHERE = RemoteRegion("tcp", 1 << 20, bytes(20))
 IMPATIENT = """
 import asyncio
 from kvrdma.cli.serve import _serve
 from kvrdma.server import PoolServer, ServerSettings, app, connection
-from kvrdma.transports.tcp import transport
-app.HELLO_TIMEOUT_S = connection.FRAME_TIMEOUT_S = transport.GREETING_TIMEOUT_S = 2.0
+from kvrdma.transports.tcp import session
+app.HELLO_TIMEOUT_S = connection.FRAME_TIMEOUT_S = session.GREETING_TIMEOUT_S = 2.0
 asyncio.run(_serve(PoolServer(ServerSettings(port=0, capacity=16 << 20))))
 """
 WITHOUT_LOCKED_MEMORY = """

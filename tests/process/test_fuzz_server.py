@@ -28,7 +28,7 @@ from kvrdma import protocol
 from kvrdma.errors import KVRDMAError
 from kvrdma.transports import RemoteRegion
 from kvrdma.transports.tcp import wire
-from kvrdma.transports.tcp.transport import parse_address
+from kvrdma.transports.tcp.session import parse_address
 from kvrdma.transports.tcp.wire import Frame
 
 NOWHERE = RemoteRegion("tcp", 1 << 20, bytes(20))

@@ -36,7 +36,7 @@ from kvrdma.transports.tcp import TcpTransport, wire
 from kvrdma.transports.tcp.iovec import IoCursor, make_iovecs
 from kvrdma.transports.tcp.loop import IoLoop
 from kvrdma.transports.tcp.responder import MAX_REPLIES_QUEUED
-from kvrdma.transports.tcp.transport import parse_address
+from kvrdma.transports.tcp.session import parse_address
 from kvrdma.transports.tcp.wire import Frame, Greeting, Header
 
 PATIENCE_S = 30.0

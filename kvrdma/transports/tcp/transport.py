@@ -2,29 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import queue
-import secrets
 import socket
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, ClassVar, Final
+from typing import ClassVar, Final
 
-from kvrdma.auth import PROOF_NBYTES, Role, make_nonce
-from kvrdma.errors import (
-    AuthenticationError,
-    ClosedError,
-    ConfigError,
-    DeadlineError,
-    ProtocolError,
-    TransportError,
-)
-from kvrdma.logs import LimitedLog
+from kvrdma.errors import ClosedError, ConfigError
 from kvrdma.memory import Memory
-from kvrdma.settings import Url, host_and_port
 from kvrdma.transports.base import (
     Endpoint,
     Listener,
@@ -33,23 +15,15 @@ from kvrdma.transports.base import (
     Rights,
     SecretOf,
     Transport,
-    call_guarded,
     check_open,
-    take_waiting,
 )
 from kvrdma.transports.regions import RegionTable
 from kvrdma.transports.tcp import wire
 from kvrdma.transports.tcp.endpoint import TcpEndpoint
-from kvrdma.transports.tcp.loop import READABLE, IoLoop, Timer
+from kvrdma.transports.tcp.loop import IoLoop
+from kvrdma.transports.tcp.session import StreamListener, keep_alive, open_listener, open_streams
 
-logger = logging.getLogger(__name__)
-
-GREETING_TIMEOUT_S: Final = 5.0
-_BACKLOG: Final = 128
-_MAX_GREETING: Final = 256  # sockets that have not said yet who they are
-_ACCEPTS_A_TURN: Final = 32
 _LOCAL_SNDBUF_NBYTES: Final = 512 << 10
-_ACCEPT_PAUSE_S: Final = 0.5
 
 
 class TcpTransport(Transport):
@@ -68,7 +42,7 @@ class TcpTransport(Transport):
         self._table = RegionTable(self.scheme)
         self._loop = IoLoop("kvrdma-tcp")
         self._open: set[Endpoint] = set()
-        self._listeners: list[TcpListener] = []
+        self._listeners: list[StreamListener] = []
         self._closed = False
 
     def register(self, memory: Memory) -> MemoryRegion:
@@ -92,54 +66,18 @@ class TcpTransport(Transport):
     def connect(self, address: str, *, timeout: float, ticket: bytes = b"", secret: bytes = b"") -> Endpoint:
         """Open every stream of a new endpoint."""
         check_open(self._closed, "tcp transport")
-        if len(ticket) > wire.MAX_TICKET:
-            raise ConfigError(f"tcp: a ticket has at most {wire.MAX_TICKET} bytes, not {len(ticket)}")
-        host, port = parse_address(address)
-        session = secrets.token_bytes(wire.SESSION_NBYTES)
-        deadline = time.monotonic() + timeout
-        greetings = [wire.Greeting(session, index, self._n_streams, ticket) for index in range(self._n_streams)]
-        socks: list[socket.socket] = []
+        socks = open_streams(address, self._n_streams, timeout=timeout, ticket=ticket, secret=secret)
         try:
-            for greeting in greetings:
-                sock = socket.create_connection((host, port), timeout=_left(deadline, address))
-                socks.append(sock)
-                if sock.getsockname() == sock.getpeername():
-                    # Where nobody listens on a port of the ephemeral range, TCP may meet and greet itself.
-                    raise TransportError(f"tcp: cannot reach {address}: nobody listens there")
-                sock.sendall(greeting.encode())
-            challenges = []
-            for sock, greeting in zip(socks, greetings, strict=True):
-                challenge = wire.decode_challenge(_receive_exactly(sock, wire.CHALLENGE_NBYTES, deadline, address))
-                challenges.append(challenge)
-                sock.sendall(greeting.prove(Role.CLIENT, secret, challenge))
-            for sock, greeting, challenge in zip(socks, greetings, challenges, strict=True):
-                proof = _receive_exactly(sock, PROOF_NBYTES, deadline, address)
-                if not greeting.check(proof, Role.SERVER, secret, challenge):
-                    raise AuthenticationError(f"tcp: {address} did not prove that it knows the secret of this ticket")
             return self._adopt(socks, peer=address, ticket=ticket)
-        except BaseException as error:
+        except BaseException:
             for sock in socks:
                 sock.close()
-            if isinstance(error, TimeoutError):
-                raise DeadlineError(f"tcp: {address} did not answer within {timeout} s") from None
-            if isinstance(error, OSError):
-                raise TransportError(f"tcp: cannot reach {address}: {error.strerror or error}") from error
             raise
 
     def listen(self, address: str, *, secret_of: SecretOf | None = None) -> Listener:
         """Open a listener on host:port; port 0 picks a free one."""
         check_open(self._closed, "tcp transport")
-        host, port = parse_address(address, allow_zero=True)
-        try:
-            family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            sock = socket.create_server((host, port), family=family, backlog=_BACKLOG)
-        except OSError as error:
-            raise TransportError(f"tcp: cannot listen on {address}: {error.strerror or error}") from error
-        try:
-            listener = TcpListener(sock, host, self._loop, self._adopt, secret_of)
-        except ClosedError:
-            sock.close()
-            raise
+        listener = open_listener(address, self._loop, self._adopt, secret_of)
         self._listeners.append(listener)
         if self._closed:  # meanwhile, by another thread
             listener.close()
@@ -169,215 +107,6 @@ class TcpTransport(Transport):
         return endpoint
 
 
-@dataclass(slots=True, eq=False)
-class _Guest:
-    """A socket that has not proved itself yet, or waits for the other streams of its session."""
-
-    sock: socket.socket
-    peer: str
-    buffer: bytearray = field(default_factory=lambda: bytearray(wire.GREETING_NBYTES))
-    have: int = 0
-    greeting: wire.Greeting | None = None
-    secret: bytes = field(default=b"", repr=False)
-    challenge: bytes = field(default_factory=make_nonce)
-    proved: bool = False
-    timer: Timer | None = None
-
-
-class TcpListener(Listener):
-    """Accepts streams and joins those of one session into an endpoint."""
-
-    def __init__(
-        self,
-        sock: socket.socket,
-        host: str,
-        loop: IoLoop,
-        adopt: Callable[..., Endpoint],
-        secret_of: SecretOf | None,
-    ) -> None:
-        sock.setblocking(False)
-        self._sock = sock
-        self._secret_of = secret_of
-        self._loop = loop
-        self._adopt = adopt
-        port = sock.getsockname()[1]
-        self._contact = host_and_port(host, port)
-        self._guests: set[_Guest] = set()
-        self._turned_away = LimitedLog(logger)
-        self._ready: queue.SimpleQueue[Endpoint | None] = queue.SimpleQueue()
-        self._callback: Callable[[Endpoint], None] | None = None
-        self._closed = False
-        loop.call_soon(lambda: loop.watch(sock.fileno(), READABLE, lambda _: self._accept()))
-
-    @property
-    def contact_address(self) -> str:
-        """What a peer gives to `connect`."""
-        return self._contact
-
-    def accept(self, *, timeout: float) -> Endpoint:
-        """Wait for the next peer."""
-        check_open(self._closed, "tcp listener")
-        try:
-            endpoint = self._ready.get(timeout=timeout)
-        except queue.Empty:
-            raise DeadlineError(f"tcp: nobody connected to {self._contact} within {timeout} s") from None
-        if endpoint is None:
-            self._ready.put(None)  # for the next one who waits
-            raise ClosedError("tcp listener: closed")
-        return endpoint
-
-    def on_endpoint(self, callback: Callable[[Endpoint], None]) -> None:
-        """Hand every endpoint that nobody has accepted to a callback."""
-
-        def begin() -> None:
-            self._callback = callback
-            for endpoint in take_waiting(self._ready):
-                call_guarded(callback, endpoint)
-
-        self._loop.run(begin)
-
-    def close(self) -> None:
-        """Accept no more."""
-        if not self._closed:
-            self._closed = True
-            self._loop.run(self._tear_down)
-            self._ready.put(None)
-
-    def _tear_down(self) -> None:
-        self._loop.forget(self._sock.fileno())
-        self._sock.close()
-        for guest in list(self._guests):
-            self._dismiss(guest)
-        self._turned_away.close()
-
-    def _accept(self) -> None:
-        for _ in range(_ACCEPTS_A_TURN):
-            try:
-                sock, address = self._sock.accept()
-            except BlockingIOError:
-                return
-            except OSError as error:
-                # Out of descriptors, say: level-triggered, the loop would ask again at once, for ever.
-                logger.warning("tcp listener %s: accept failed: %s", self._contact, error)
-                self._loop.forget(self._sock.fileno())
-                self._loop.call_at(time.monotonic() + _ACCEPT_PAUSE_S, self._resume)
-                return
-            if len(self._guests) >= _MAX_GREETING:
-                sock.close()
-                continue
-            sock.setblocking(False)
-            guest = _Guest(sock, f"{address[0]}:{address[1]}")
-            self._guests.add(guest)
-            self._loop.watch(sock.fileno(), READABLE, partial(self._on_guest, guest))
-            guest.timer = self._loop.call_at(time.monotonic() + GREETING_TIMEOUT_S, partial(self._dismiss, guest))
-
-    def _resume(self) -> None:
-        if not self._closed:
-            self._loop.watch(self._sock.fileno(), READABLE, lambda _: self._accept())
-
-    def _on_guest(self, guest: _Guest, events: int) -> None:
-        """Read a greeting and answer with a challenge; then read the proof."""
-        try:
-            n = guest.sock.recv_into(memoryview(guest.buffer)[guest.have :])
-            if n == 0:
-                raise TransportError("closed before it had proved itself")
-            guest.have += n
-            if guest.have < len(guest.buffer):
-                return
-            if guest.greeting is None:
-                self._challenge(guest, wire.Greeting.decode(bytes(guest.buffer)))
-                return
-            if not guest.greeting.check(bytes(guest.buffer), Role.CLIENT, guest.secret, guest.challenge):
-                raise AuthenticationError("its proof does not hold")
-        except BlockingIOError:
-            return
-        except (ProtocolError, AuthenticationError) as error:
-            self._turned_away.warning("tcp listener %s: %s: %s", self._contact, guest.peer, error)
-            if guest.greeting is None:  # a peer of another version learns which one this is
-                with contextlib.suppress(OSError):
-                    guest.sock.send(wire.encode_challenge(guest.challenge))
-            self._dismiss(guest)
-            return
-        except (OSError, TransportError):
-            self._dismiss(guest)
-            return
-        guest.proved = True
-        self._loop.forget(guest.sock.fileno())
-        self._join(guest.greeting)
-
-    def _challenge(self, guest: _Guest, greeting: wire.Greeting) -> None:
-        secret = b"" if self._secret_of is None else self._secret_of(greeting.ticket)
-        if secret is None:
-            raise AuthenticationError("its ticket is not one of ours")
-        guest.greeting, guest.secret = greeting, secret
-        guest.buffer, guest.have = bytearray(PROOF_NBYTES), 0
-        guest.sock.send(wire.encode_challenge(guest.challenge))
-
-    def _join(self, greeting: wire.Greeting) -> None:
-        """Make an endpoint once the last of a session's streams has proved itself."""
-        found = [(g.greeting, g) for g in self._guests if g.greeting and g.greeting.session == greeting.session]
-        mates = [(said, g) for said, g in found if g.proved]
-        if any((said.count, said.ticket) != (greeting.count, greeting.ticket) for said, _ in mates):
-            for _, guest in found:
-                self._dismiss(guest)
-            return
-        if sorted(said.index for said, _ in mates) != list(range(greeting.count)):
-            return
-        mates.sort(key=lambda mate: mate[0].index)
-        for _, guest in mates:
-            self._strike(guest)
-        peer = mates[0][1].peer
-        try:
-            endpoint = self._adopt([guest.sock for _, guest in mates], peer=peer, ticket=greeting.ticket)
-        except (OSError, ClosedError) as error:
-            logger.debug("tcp listener %s: %s: %s", self._contact, peer, error)
-            for _, guest in mates:
-                guest.sock.close()
-            return
-        # Our proofs go last: once `connect` has returned, this end is known to whoever waits for it here.
-        if self._callback is not None:
-            call_guarded(self._callback, endpoint)
-        else:
-            self._ready.put(endpoint)
-        try:
-            for said, guest in mates:
-                guest.sock.send(said.prove(Role.SERVER, guest.secret, guest.challenge))
-        except OSError as error:
-            logger.debug("tcp listener %s: %s left before it was answered: %s", self._contact, peer, error)
-            endpoint.abort()
-
-    def _dismiss(self, guest: _Guest) -> None:
-        if guest in self._guests:
-            self._strike(guest)
-            self._loop.forget(guest.sock.fileno())
-            guest.sock.close()
-
-    def _strike(self, guest: _Guest) -> None:
-        self._guests.discard(guest)
-        if guest.timer is not None:
-            guest.timer.cancel()
-
-
-def parse_address(address: str, *, allow_zero: bool = False) -> tuple[str, int]:
-    """Split host:port or [host]:port; raises `ConfigError`."""
-    if allow_zero and address.endswith(":0"):
-        host, _ = parse_address(address[:-1] + "1")
-        return host, 0
-    url = Url.parse(f"tcp://{address}")
-    if len(url.hosts) != 1 or url.hosts[0][1] is None or url.path or url.options:
-        raise ConfigError(f"tcp: {address!r} is not host:port")
-    return url.hosts[0][0], url.hosts[0][1]
-
-
-def keep_alive(sock: Any) -> None:
-    """Send at once, and notice within about 12 s a peer that vanished without a word (power, cable)."""
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 5)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 2)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
-
-
 def _tune(sock: socket.socket) -> None:
     sock.setblocking(False)
     if sock.getpeername()[0] == sock.getsockname()[0]:
@@ -386,23 +115,3 @@ def _tune(sock: socket.socket) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _LOCAL_SNDBUF_NBYTES)
     keep_alive(sock)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 12_000)
-
-
-def _left(deadline: float, address: str) -> float:
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise DeadlineError(f"tcp: {address} did not answer in time")
-    return left
-
-
-def _receive_exactly(sock: socket.socket, n: int, deadline: float, address: str) -> bytes:
-    raw = b""
-    while len(raw) < n:
-        sock.settimeout(_left(deadline, address))
-        part = sock.recv(n - len(raw))
-        if not part:
-            raise TransportError(
-                f"tcp: {address} turned a stream away: another version, a ticket or secret that it does not know"
-            )
-        raw += part
-    return raw

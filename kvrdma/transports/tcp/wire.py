@@ -30,7 +30,31 @@ MAX_STREAMS: Final = 64
 MAX_DEPTH: Final = 8  # requests that may wait for their reply on one stream
 SESSION_NBYTES: Final = 16
 
-_MAGIC: Final = b"kvrtcp"
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """What streams say first, so that no transport takes another's for its own. `magic` has 6 bytes."""
+
+    name: str
+    magic: bytes
+    version: int
+
+    @property
+    def purpose(self) -> bytes:
+        """What a proof on such a stream is good for."""
+        return f"{self.name} stream".encode()
+
+    def check(self, magic: bytes, version: int) -> None:
+        """Raise `ProtocolError` where a peer's stream is of another kind or version."""
+        if magic != self.magic:
+            raise ProtocolError(
+                f"{self.name}: the peer does not speak kvrdma's {self.name} transport (it began with {magic!r})"
+            )
+        if version != self.version:
+            raise ProtocolError(f"{self.name}: the peer speaks version {version}, this side {self.version}")
+
+
+TCP: Final = Dialect("tcp", b"kvrtcp", VERSION)
 _GREETING = struct.Struct(f"<6sH{SESSION_NBYTES}sHHH{MAX_TICKET}s{NONCE_NBYTES}s")
 _CHALLENGE = struct.Struct(f"<6sH{NONCE_NBYTES}s")
 _HEADER = struct.Struct("<BBHIQQ")
@@ -60,48 +84,45 @@ class Greeting:
     count: int
     ticket: bytes
     nonce: bytes = field(default_factory=make_nonce)
+    dialect: Dialect = TCP
 
     def encode(self) -> bytes:
         """The bytes that open a stream."""
+        said = self.dialect
         return _GREETING.pack(
-            _MAGIC, VERSION, self.session, self.index, self.count, len(self.ticket), self.ticket, self.nonce
+            said.magic, said.version, self.session, self.index, self.count, len(self.ticket), self.ticket, self.nonce
         )
 
     @classmethod
-    def decode(cls, raw: bytes) -> Self:
+    def decode(cls, raw: bytes, dialect: Dialect = TCP) -> Self:
         """Read a greeting; raises `ProtocolError`."""
         magic, version, session, index, count, length, ticket, nonce = _GREETING.unpack(raw)
-        _check(magic, version)
+        dialect.check(magic, version)
         if not (index < count <= MAX_STREAMS) or length > MAX_TICKET:
-            raise ProtocolError(f"tcp: greeting of stream {index} of {count} with a ticket of {length} bytes")
-        return cls(session, index, count, ticket[:length], nonce)
+            raise ProtocolError(
+                f"{dialect.name}: greeting of stream {index} of {count} with a ticket of {length} bytes"
+            )
+        return cls(session, index, count, ticket[:length], nonce, dialect)
 
     def prove(self, role: Role, secret: bytes, challenge: bytes) -> bytes:
         """The proof of one end for this stream, whose greeting it covers."""
-        return prove(secret, role, b"tcp stream", self.encode(), challenge)
+        return prove(secret, role, self.dialect.purpose, self.encode(), challenge)
 
     def check(self, proof: bytes, role: Role, secret: bytes, challenge: bytes) -> bool:
         """Whether an end's proof holds."""
-        return check_proof(proof, secret, role, b"tcp stream", self.encode(), challenge)
+        return check_proof(proof, secret, role, self.dialect.purpose, self.encode(), challenge)
 
 
-def encode_challenge(nonce: bytes) -> bytes:
+def encode_challenge(nonce: bytes, dialect: Dialect = TCP) -> bytes:
     """The bytes that answer a greeting."""
-    return _CHALLENGE.pack(_MAGIC, VERSION, nonce)
+    return _CHALLENGE.pack(dialect.magic, dialect.version, nonce)
 
 
-def decode_challenge(raw: bytes) -> bytes:
+def decode_challenge(raw: bytes, dialect: Dialect = TCP) -> bytes:
     """The listener's nonce; raises `ProtocolError` where it speaks another version, or something else."""
     magic, version, nonce = _CHALLENGE.unpack(raw)
-    _check(magic, version)
+    dialect.check(magic, version)
     return bytes(nonce)
-
-
-def _check(magic: bytes, version: int) -> None:
-    if magic != _MAGIC:
-        raise ProtocolError(f"tcp: the peer does not speak kvrdma's tcp transport (it began with {magic!r})")
-    if version != VERSION:
-        raise ProtocolError(f"tcp: the peer speaks version {version}, this side {VERSION}")
 
 
 @dataclass(frozen=True, slots=True)
