@@ -33,6 +33,7 @@ def marked(mark: str) -> list[psutil.Process]:
 def test_interrupted(number: signal.Signals, child: str) -> None:
     """As soon as a child is there: nobody has entered it into anything yet."""
     mark = uuid.uuid4().hex
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a child inherits it ignored where nohup runs the tests
     demo = subprocess.Popen(
         [sys.executable, str(DEMO)],
         stdout=subprocess.DEVNULL,
@@ -40,6 +41,7 @@ def test_interrupted(number: signal.Signals, child: str) -> None:
         text=True,
         env={**psutil.Process().environ(), "DEMO_MARK": mark},
     )
+    signal.signal(signal.SIGHUP, before)
     try:
 
         def started() -> bool:
@@ -56,6 +58,7 @@ def test_interrupted(number: signal.Signals, child: str) -> None:
         for process in marked(mark):
             process.kill()
         demo.wait()
+        demo.stderr.close()
 
 
 def test_interrupted_while_a_process_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
