@@ -1,10 +1,14 @@
-"""The baseline of the transport benchmark: plain blocking sockets, sendmsg and recvmsg_into, nothing else."""
+"""The baselines of the transport benchmark: plain blocking sockets, and memcpy; nothing else."""
 
 from __future__ import annotations
 
+import ctypes
 import socket
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 WRITE: Final = b"W"
 READ: Final = b"R"
@@ -51,6 +55,16 @@ def serve_plain(sock: socket.socket, views: Sequence[memoryview]) -> None:
             send_views(sock, views)
 
 
+class Baseline(Protocol):
+    """Moves the same batches as the transport that is measured."""
+
+    def begin(self, *, write: bool) -> None:
+        """Start a batch."""
+
+    def finish_one(self, *, write: bool) -> None:
+        """Wait for the oldest batch."""
+
+
 class PlainClient:
     """Keeps `depth` batches under way on one socket; `finish_one` waits for the oldest."""
 
@@ -71,3 +85,21 @@ class PlainClient:
         ended = not self._sock.recv(1) if write else not receive_views(self._sock, self._views)
         if ended:
             raise ConnectionError("the baseline's peer closed the connection")
+
+
+class MemcpyClient:
+    """Copies each block once, between two pieces of this process's memory, when its batch is waited for."""
+
+    def __init__(self, array: NDArray[np.uint8], offsets: Sequence[int], nbytes: int) -> None:
+        self._other = np.ones_like(array)
+        self._nbytes = nbytes
+        ours, theirs = array.ctypes.data, self._other.ctypes.data
+        self._places = [(ours + offset, theirs + offset) for offset in offsets]
+
+    def begin(self, *, write: bool) -> None:
+        """Nothing to do yet."""
+
+    def finish_one(self, *, write: bool) -> None:
+        """Copy."""
+        for ours, theirs in self._places:
+            ctypes.memmove(*((theirs, ours) if write else (ours, theirs)), self._nbytes)

@@ -33,7 +33,7 @@ def main() -> None:
     with open_transport(settings["transport"], settings["streams"]) as transport:
         region = transport.register(memory)
         exported = transport.export(region, Rights.READ | Rights.WRITE)
-        listener = transport.listen("127.0.0.1:0")
+        listener = transport.listen("" if transport.same_host else "127.0.0.1:0")
         plain = socket.create_server(("127.0.0.1", 0))
         hello = {
             "address": listener.contact_address,

@@ -1,4 +1,7 @@
-"""`kvrdma bench transport`: batches between two processes, beside plain sockets moving the same batches."""
+"""`kvrdma bench transport`: batches between two processes, beside a baseline that moves the same batches.
+
+The baseline is plain sockets, and one memcpy on one thread for shared memory.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from kvrdma.bench.plain import PlainClient
+from kvrdma.bench.plain import Baseline, MemcpyClient, PlainClient
 from kvrdma.bench.target import open_transport
 from kvrdma.errors import ConfigError, TransportError
 from kvrdma.memory import MemfdSlabs
@@ -49,6 +52,11 @@ class TransportBench:
             raise ConfigError(f"seconds: must be above 0, not {self.seconds}")
 
     @property
+    def baseline(self) -> str:
+        """What stands beside it."""
+        return "memcpy" if self.transport == "shm" else "plain sockets"
+
+    @property
     def n_steps(self) -> int:
         """How often `on_step` is called."""
         return ROUNDS * len(_WAYS) * 2
@@ -77,6 +85,7 @@ class TransportResult:
             "batch": settings.batch,
             "depth": settings.depth,
             "streams": settings.streams,
+            "baseline": settings.baseline,
             "write_bytes_per_s": rates["write"],
             "read_bytes_per_s": rates["read"],
             "cpu_s_per_gb": (cpu["write"] + cpu["read"]) / 2,
@@ -194,7 +203,9 @@ def _open(settings: TransportBench, offsets: np.ndarray) -> Iterator[tuple[_Targ
                 for way, opcode in (("write", Opcode.WRITE), ("read", Opcode.READ))
             }
             view = memory.view()
-            client = PlainClient(sock, [view[o : o + settings.nbytes_per_block] for o in offsets.tolist()])
+            baseline: Baseline = PlainClient(sock, [view[o : o + settings.nbytes_per_block] for o in offsets.tolist()])
+            if settings.baseline == "memcpy":
+                baseline = MemcpyClient(memory.array(), offsets.tolist(), settings.nbytes_per_block)
             with transport.connect(hello["address"], timeout=_TIMEOUT_S) as endpoint:
 
                 def ours(way: str, seconds: float, samples: _Samples) -> int:
@@ -217,8 +228,8 @@ def _open(settings: TransportBench, offsets: np.ndarray) -> Iterator[tuple[_Targ
                         settings,
                         seconds,
                         samples,
-                        lambda: client.begin(write=write),
-                        lambda: client.finish_one(write=write),
+                        lambda: baseline.begin(write=write),
+                        lambda: baseline.finish_one(write=write),
                     )
 
                 yield target, ours, plain

@@ -35,7 +35,7 @@ def transport(
     seconds: Annotated[float, typer.Option(help="Seconds of measuring for each direction.")] = 3.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
-    """Move batches between two processes; beside it plain sockets moving the same batches at the same depth."""
+    """Move batches between two processes; beside it plain sockets (for shm: memcpy) move the same ones."""
     settings = TransportBench(
         transport=transport,
         nbytes_per_block=read_option("--size", size, parse_size),
@@ -117,7 +117,7 @@ def _show_transport(result: TransportResult) -> None:
         title=f"{settings.transport}: {settings.batch} blocks of {settings.nbytes_per_block} bytes, "
         f"depth {settings.depth}, {settings.streams} stream(s)"
     )
-    for name in ("", "GB/s", "plain sockets", "ratio", "p50 ms", "p99 ms", "CPU s/GB", "plain"):
+    for name in ("", "GB/s", settings.baseline, "ratio", "p50 ms", "p99 ms", "CPU s/GB", "its"):
         table.add_column(name, justify="left" if not name else "right")
     figures = result.to_json()
     for way in ("write", "read"):

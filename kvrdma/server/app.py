@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from kvrdma import protocol
 from kvrdma.backends.blockstore import BlockStore, check_capacity
-from kvrdma.errors import AuthenticationError, ConfigError, ProtocolError, TransportError
+from kvrdma.errors import AuthenticationError, ConfigError, KVRDMAError, ProtocolError, TransportError
 from kvrdma.logs import LimitedLog
 from kvrdma.memory import Memory
 from kvrdma.metrics import Metrics
@@ -24,7 +24,7 @@ from kvrdma.server.connection import CHUNK_NBYTES, Connection
 from kvrdma.server.exporter import Exporter
 from kvrdma.server.session import ClientSession, Slabs
 from kvrdma.settings import TOKEN_VARIABLE, host_and_port
-from kvrdma.transports import Endpoint, Listener, Rights, Transport, check_order, transports
+from kvrdma.transports import Endpoint, Listener, Rights, Transport, check_order, find_usable, transports
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ _DRAIN_S: Final = 5.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerSettings:
-    """What a pool server needs to know.
+    """What a pool server needs to know. Without `transports` it offers every one that can be used here.
 
     Raises:
         ConfigError: a value that cannot be meant.
@@ -45,7 +45,7 @@ class ServerSettings:
     port: int = 7700
     capacity: int = 1 << 30
     policy: str = "lru"
-    transports: tuple[str, ...] = ("tcp",)
+    transports: tuple[str, ...] | None = None
     token: bytes | None = field(default=None, repr=False)
     data_port: int = 0
     metrics_port: int | None = None
@@ -57,8 +57,6 @@ class ServerSettings:
         for name in ("port", "data_port", "metrics_port"):
             if not 0 <= (getattr(self, name) or 0) <= 65535:
                 raise ConfigError(f"{name}: must lie in 0..65535, not {getattr(self, name)}")
-        if self.data_port and (self.data_port == self.port or len(self.transports) > 1):
-            raise ConfigError(f"data_port: {self.data_port} cannot serve several listeners; 0 picks free ports")
         if self.max_clients < 1:
             raise ConfigError(f"max_clients: must be at least 1, not {self.max_clients}")
         if not self.lease_s > 0:
@@ -68,10 +66,14 @@ class ServerSettings:
                 f"host {self.host!r}: without a token only loopback addresses are bound, such as 127.0.0.1; "
                 f"give a token by --token-file or {TOKEN_VARIABLE}"
             )
-        if not self.transports:
-            raise ConfigError("transports: at least one is needed, such as tcp")
         open_policy(self.policy)
-        check_order(self.transports)
+        named = ("tcp",) if self.transports is None else self.transports
+        if not named:
+            raise ConfigError("transports: at least one is needed, such as tcp")
+        check_order(named)
+        networked = [scheme for scheme in named if not transports.get(scheme).same_host]
+        if self.data_port and (self.data_port == self.port or len(networked) > 1):
+            raise ConfigError(f"data_port: {self.data_port} cannot serve several listeners; 0 picks free ports")
 
 
 class PoolServer:
@@ -86,7 +88,7 @@ class PoolServer:
         self.settings = settings
         self._store = BlockStore(settings.capacity, open_policy(settings.policy), in_background=True)
         self._transports: dict[str, Transport] = {}
-        self._listeners: list[Listener] = []
+        self._listeners: dict[str, Listener] = {}
         self._slabs: dict[str, Slabs] = {}
         self._sessions: dict[bytes, ClientSession] = {}
         self._clients: set[asyncio.Task[None]] = set()
@@ -113,8 +115,7 @@ class PoolServer:
         """Open every listener; raises `TransportError` where an address is taken."""
         loop = asyncio.get_running_loop()
         try:
-            for scheme in self.settings.transports:
-                self._open_transport(scheme, loop)
+            self._open_transports(loop)
             self._server = await asyncio.start_server(
                 self._on_client, self.settings.host, self.settings.port, limit=CHUNK_NBYTES
             )
@@ -153,7 +154,7 @@ class PoolServer:
         if self._exporter is not None:
             self._exporter.close()
             self._exporter = None
-        for listener in self._listeners:
+        for listener in self._listeners.values():
             listener.close()
         self._store.reserve_of_slabs.stop_growing()
         for transport in self._transports.values():
@@ -170,26 +171,47 @@ class PoolServer:
             "clients": len(self._sessions),
             "leases": sum(session.n_leases for session in self._sessions.values()),
             "policy": self.settings.policy,
-            "transports": list(self.settings.transports),
+            "transports": list(self._listeners),
             "uptime_s": round(time.monotonic() - self._started, 3),
         }
 
     # -- transports
 
-    def _open_transport(self, scheme: str, loop: asyncio.AbstractEventLoop) -> None:
+    def _open_transports(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Those that the settings name; else all that can be used, and tcp in any case."""
+        if self.settings.transports is not None:
+            for scheme in self.settings.transports:
+                self._open_transport(scheme, loop, self.settings.data_port)
+            return
+        usable, refused = find_usable()
+        for scheme in usable:
+            try:
+                self._open_transport(scheme, loop, self.settings.data_port if scheme == "tcp" else 0)
+            except KVRDMAError as error:
+                if scheme == "tcp":
+                    raise
+                refused[scheme] = str(error)
+                self._slabs.pop(scheme, None)
+                transport = self._transports.pop(scheme, None)
+                if transport is not None:
+                    transport.close()
+        reasons = "; ".join(f"{scheme}: {why}" for scheme, why in refused.items())
+        logger.info("transports offered: %s (not: %s)", ", ".join(self._listeners), reasons or "none")
+
+    def _open_transport(self, scheme: str, loop: asyncio.AbstractEventLoop, port: int) -> None:
         transport = transports.get(scheme)()
         self._transports[scheme] = transport
         self._slabs[scheme] = Slabs({}, {})
         for memory in self._store.reserve_of_slabs.slabs:
             self._register_with(scheme, memory)
-        address = host_and_port(self.settings.host, self.settings.data_port)
+        address = "" if transport.same_host else host_and_port(self.settings.host, port)
         listener = transport.listen(address, secret_of=self._secret_of)
 
         def on_endpoint(endpoint: Endpoint) -> None:
             loop.call_soon_threadsafe(self._on_endpoint, endpoint)
 
         listener.on_endpoint(on_endpoint)
-        self._listeners.append(listener)
+        self._listeners[scheme] = listener
 
     def _register(self, memory: Memory) -> None:
         """A slab has come, which nobody has yet; on the thread that makes them."""
@@ -276,10 +298,7 @@ class PoolServer:
         printable = "".join(c if c.isprintable() else "?" for c in proved.client[:128])
         session.name = f"{printable} ({connection.peer})"
         self._sessions[session.ticket] = session
-        offers: list[Any] = [
-            [scheme, listener.contact_address]
-            for scheme, listener in zip(self.settings.transports, self._listeners, strict=True)
-        ]
+        offers: list[Any] = [[scheme, listener.contact_address] for scheme, listener in self._listeners.items()]
         name = f"{socket.gethostname()}:{self.settings.port}"
         connection.send(protocol.HelloReply(proved.seq, proved.proof, name, session.ticket, offers))
         return session

@@ -105,6 +105,11 @@ class TransportSuite:
         """Make a transport; the suite closes it."""
         raise NotImplementedError
 
+    def make_array(self, nbytes: int) -> tuple[Bytes, Memory]:
+        """Make memory that can be exported, and its bytes; for transports that cannot export just any."""
+        array = np.zeros(nbytes, dtype=np.uint8)
+        return array, Memory.of(array)
+
     def silent_peer(self) -> AbstractContextManager[str]:
         """Give the address of a peer that accepts a connection and then serves nothing.
 
@@ -135,8 +140,9 @@ class TransportSuite:
         right = listener.accept(timeout=PATIENCE_S)
         sides = []
         for transport, endpoint in zip(transports, (left, right), strict=True):
-            array = np.frombuffer(bytearray(rng.bytes(nbytes)), dtype=np.uint8)
-            region = transport.register(Memory.of(array))
+            array, memory = self.make_array(nbytes)
+            array[:] = np.frombuffer(rng.bytes(nbytes), dtype=np.uint8)
+            region = transport.register(memory)
             sides.append(Side(transport, endpoint, array, region, transport.export(region, _BOTH)))
         return sides[0], sides[1]
 
@@ -225,10 +231,11 @@ class TransportSuite:
         here, there = sides
         arrays = [np.zeros(1000, dtype=np.uint8) for _ in range(3)]
         local = [here.transport.register(Memory.of(array)) for array in arrays]
-        origins = [np.full(500, i + 1, dtype=np.uint8) for i in range(2)]
-        remote = [
-            there.transport.export(there.transport.register(Memory.of(origin)), Rights.READ) for origin in origins
-        ]
+        remote = []
+        for i in range(2):
+            origin, memory = self.make_array(500)
+            origin[:] = i + 1
+            remote.append(there.transport.export(there.transport.register(memory), Rights.READ))
         batch = TransferBatch(
             Opcode.READ,
             local,
@@ -553,8 +560,7 @@ class TransportSuite:
         """A post with a time-out becomes terminal: cancelled first, and then the endpoint is aborted."""
         with self.silent_peer() as address, self.make_transport() as transport:
             endpoint = transport.connect(address, timeout=PATIENCE_S)
-            array = np.zeros(4096, dtype=np.uint8)
-            region = transport.register(Memory.of(array))
+            region = transport.register(self.make_array(4096)[1])
             remote = transport.export(region, Rights.READ)
             held = HeldLease()
             batch = make_batch(Opcode.READ, region, remote, column(0), column(0), column(4096))
@@ -583,7 +589,7 @@ class TransportSuite:
         """To ask for an end is not the end: only `abort` rules out that bytes still land."""
         with self.silent_peer() as address, self.make_transport() as transport:
             endpoint = transport.connect(address, timeout=PATIENCE_S)
-            region = transport.register(Memory.of(np.zeros(4096, dtype=np.uint8)))
+            region = transport.register(self.make_array(4096)[1])
             remote = transport.export(region, Rights.READ)
             held = HeldLease()
             batch = make_batch(Opcode.READ, region, remote, column(0), column(0), column(4096))

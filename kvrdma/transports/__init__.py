@@ -13,7 +13,7 @@ from kvrdma.transports.base import (
     TransferBatch,
     Transport,
 )
-from kvrdma.transports.registry import check_order, negotiate, transports
+from kvrdma.transports.registry import check_order, find_usable, negotiate, transports
 
 __all__ = [
     "Endpoint",
@@ -28,6 +28,7 @@ __all__ = [
     "TransferBatch",
     "Transport",
     "check_order",
+    "find_usable",
     "negotiate",
     "transports",
 ]

@@ -288,6 +288,9 @@ class Transport(ABC):
     by_name_only: ClassVar[bool] = False
     """Whether it is used only where a user's order names it: for what is no good choice by itself."""
 
+    same_host: ClassVar[bool] = False
+    """Whether it reaches processes of this host only. Its addresses are names then, and an empty one picks one."""
+
     @abstractmethod
     def register(self, memory: Memory) -> MemoryRegion:
         """Make memory usable; once for each slab, never in the data path."""

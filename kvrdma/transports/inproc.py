@@ -42,6 +42,7 @@ class InprocTransport(Transport):
     """Copies between registered regions on a thread of each endpoint's own."""
 
     scheme: ClassVar[str] = "inproc"
+    same_host: ClassVar[bool] = True
 
     def __init__(self) -> None:
         self.table = RegionTable(self.scheme)

@@ -7,8 +7,8 @@ import itertools
 import secrets
 import struct
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Final
 
@@ -51,21 +51,25 @@ def explain(status: int) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class _Export:
+class Export:
+    """What one key stands for."""
+
+    number: int
     region: MemoryRegion
     rights: Rights
-    key: bytes
+    key: bytes = field(repr=False)
 
 
 class RegionTable:
-    """The regions and exports of one transport. Thread-safe."""
+    """The regions and exports of one transport. Thread-safe. `on_revoked` is told the number of a key that ended."""
 
-    def __init__(self, scheme: str) -> None:
+    def __init__(self, scheme: str, *, on_revoked: Callable[[int], None] | None = None) -> None:
         self._scheme = scheme
         self._guard = threading.Lock()
         self._numbers = itertools.count(1)
         self._regions: dict[int, MemoryRegion] = {}
-        self._exports: dict[int, _Export] = {}
+        self._exports: dict[int, Export] = {}
+        self._on_revoked = on_revoked
 
     def register(self, memory: Memory) -> MemoryRegion:
         """Make memory usable."""
@@ -78,8 +82,9 @@ class RegionTable:
         """Forget a region and its exports."""
         with self._guard:
             self._regions.pop(region.handle, None)
-            for number in [n for n, e in self._exports.items() if e.region is region]:
-                del self._exports[number]
+            numbers = [number for number, export in self._exports.items() if export.region is region]
+        for number in numbers:
+            self._forget(number)
 
     def check(self, regions: Sequence[MemoryRegion]) -> None:
         """Raise `RegionError` where one of them is not registered here."""
@@ -93,17 +98,28 @@ class RegionTable:
         key = secrets.token_bytes(16)
         with self._guard:
             number = next(self._numbers)
-            self._exports[number] = _Export(region, rights, key)
+            self._exports[number] = Export(number, region, rights, key)
         return RemoteRegion(self._scheme, region.nbytes, _TOKEN.pack(number, key))
 
     def revoke(self, remote: RemoteRegion) -> None:
         """Take a key back."""
-        if len(remote.token) == TOKEN_NBYTES:
-            number, key = _TOKEN.unpack(remote.token)
-            export = self._exports.get(number)
-            if export is not None and hmac.compare_digest(export.key, key):
-                with self._guard:
-                    self._exports.pop(number, None)
+        export = self.find(remote.token)
+        if export is not None:
+            self._forget(export.number)
+
+    def find(self, token: bytes) -> Export | None:
+        """What a peer's key stands for; None where it is not one of ours, or was revoked."""
+        if len(token) != TOKEN_NBYTES:
+            return None
+        number, key = _TOKEN.unpack(token)
+        export = self._exports.get(number)
+        return export if export is not None and hmac.compare_digest(export.key, key) else None
+
+    def _forget(self, number: int) -> None:
+        with self._guard:
+            gone = self._exports.pop(number, None)
+        if gone is not None and self._on_revoked is not None:
+            self._on_revoked(number)
 
     def resolve(
         self, tokens: Sequence[bytes], rows: Int64s, offsets: Int64s, nbytes: Int64s, need: Rights
@@ -120,20 +136,32 @@ class RegionTable:
         state = np.full(n_tokens + 1, RangeStatus.BAD_KEY, dtype=np.uint8)
         memories = []
         for i, token in enumerate(tokens):
-            number, key = _TOKEN.unpack(token)
-            export = self._exports.get(number)
-            if export is None or not hmac.compare_digest(export.key, key):
+            export = self.find(token)
+            if export is None:
                 continue
             memory = export.region.memory
             base[i], size[i] = memory.address, memory.nbytes
             state[i] = RangeStatus.OK if need in export.rights else RangeStatus.NO_RIGHT
             memories.append(memory)
-        named = np.minimum(rows.view(np.uint64), n_tokens).view(np.int64)  # as unsigned, negative ones are large
-        status, limit = state[named], size[named]
-        outside = (offsets < 0) | (nbytes < 1) | (nbytes > limit) | (offsets > limit - nbytes)
-        if outside.any():
-            status[outside & (status == RangeStatus.OK)] = RangeStatus.BAD_BOUNDS
-        addresses = base[named] + offsets
-        if status.any():
-            addresses[status != RangeStatus.OK] = 0
+        status, addresses = check_ranges(base, size, state, rows, offsets, nbytes)
         return status, addresses, memories
+
+
+def check_ranges(
+    base: Int64s, size: Int64s, state: NDArray[np.uint8], rows: Int64s, offsets: Int64s, nbytes: Int64s
+) -> tuple[NDArray[np.uint8], Int64s]:
+    """Check ranges against regions given as columns, and find their addresses.
+
+    `base`, `size` and `state` (a `RangeStatus`) have a row a region and one more for ranges that name none.
+    Gives a status a range, and the address of each that is OK, else 0.
+    """
+    n_regions = len(base) - 1
+    named = np.minimum(rows.view(np.uint64), n_regions).view(np.int64)  # as unsigned, negative ones are large
+    status, limit = state[named], size[named]
+    outside = (offsets < 0) | (nbytes < 1) | (nbytes > limit) | (offsets > limit - nbytes)
+    if outside.any():
+        status[outside & (status == RangeStatus.OK)] = RangeStatus.BAD_BOUNDS
+    addresses = base[named] + offsets
+    if status.any():
+        addresses[status != RangeStatus.OK] = 0
+    return status, addresses

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from kvrdma.errors import ConfigError, TransportError
@@ -21,6 +21,21 @@ def check_order(order: Sequence[str]) -> None:
         transports.get(name)
 
 
+def find_usable() -> tuple[list[str], dict[str, str]]:
+    """Which transports a process here could offer to others, best first; and why not the rest, by name."""
+    usable: list[str] = []
+    refused: dict[str, str] = {}
+    for scheme in sorted(transports, key=_rank_of(DEFAULT_ORDER)):
+        why = _why_not_here(scheme, named=False)
+        if why is None and scheme == "inproc":
+            why = "within one process only"
+        if why is None:
+            usable.append(scheme)
+        else:
+            refused[scheme] = why
+    return usable, refused
+
+
 def negotiate(offers: Sequence[tuple[str, str]], order: Sequence[str] = ()) -> list[tuple[type[Transport], str]]:
     """Order a peer's offers (scheme, address) by preference, best first.
 
@@ -32,13 +47,16 @@ def negotiate(offers: Sequence[tuple[str, str]], order: Sequence[str] = ()) -> l
         TransportError: nothing that the peer offers can be used, with the reason for each.
     """
     check_order(order)
-    rank = {scheme: i for i, scheme in enumerate(order or DEFAULT_ORDER)}
-    candidates: list[tuple[int, type[Transport], str]] = []
+    rank = _rank_of(order or DEFAULT_ORDER)
+    candidates: list[tuple[float, type[Transport], str]] = []
     refused: list[str] = []
     for scheme, address in offers:
-        why = _refusal(scheme, address, order, rank)
+        why = f"not among {', '.join(order)}" if order and scheme not in order else None
+        why = why or _why_not_here(scheme, named=bool(order))
+        if why is None and not transports.get(scheme).can_reach(address):
+            why = f"{address} cannot be reached from here"
         if why is None:
-            candidates.append((rank.get(scheme, len(rank) - 2), transports.get(scheme), address))
+            candidates.append((rank(scheme), transports.get(scheme), address))
         else:
             refused.append(f"{scheme}: {why}")
     if not candidates:
@@ -46,16 +64,16 @@ def negotiate(offers: Sequence[tuple[str, str]], order: Sequence[str] = ()) -> l
     return [(cls, address) for _, cls, address in sorted(candidates, key=lambda c: c[0])]
 
 
-def _refusal(scheme: str, address: str, order: Sequence[str], rank: Iterable[str]) -> str | None:
-    if order and scheme not in rank:
-        return f"not among {', '.join(order)}"
+def _rank_of(order: Sequence[str]) -> Callable[[str], float]:
+    """Where a scheme stands in an order; those that it does not name come before its last."""
+    return lambda scheme: order.index(scheme) if scheme in order else len(order) - 1.5
+
+
+def _why_not_here(scheme: str, *, named: bool) -> str | None:
     try:
         cls = transports.get(scheme)
-    except ConfigError:
-        return "not known here"
-    if cls.by_name_only and not order:
+    except ConfigError as error:
+        return "not known here" if scheme not in transports else str(error)
+    if cls.by_name_only and not named:
         return "used only where it is named"
-    why = cls.usable()
-    if why is None and not cls.can_reach(address):
-        why = f"{address} cannot be reached from here"
-    return why
+    return cls.usable()

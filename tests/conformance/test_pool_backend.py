@@ -8,10 +8,11 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
 
+import numpy as np
 import pytest
 
 from kvrdma.backends import GetStatus, PutStatus, StorageBackend, open_backend
-from kvrdma.memory import PinnedPool
+from kvrdma.memory import MemfdSlabs, Memory, PinnedPool, Spans
 from kvrdma.server import PoolServer, ServerSettings
 from kvrdma.settings import Settings
 from kvrdma.testing.backends import PATIENCE_S, SHARD, Bench, StorageBackendSuite
@@ -77,6 +78,24 @@ def test_bytes_that_went_wrong_at_the_server_are_not_served_twice() -> None:
             assert bench.get(keys, target).ok.all()
 
 
+@pytest.mark.parametrize("registered", ["before the first use", "afterwards"])
+def test_memory_that_cannot_be_shared_goes_over_tcp(registered: str) -> None:
+    """An engine's own memory has no descriptor: the pool leaves shared memory for a transport that takes it."""
+    with server_here() as server, PinnedPool(4096, 16) as pool:
+        host, port = server.address
+        memory = Memory.of(bytearray(4096))
+        with open_backend(f"kvrdma://{host}:{port}", Settings()) as backend:
+            bench = Bench(backend, pool)
+            if registered == "before the first use":
+                backend.register(memory)
+            keys = bench.keys(4)
+            assert bench.put(keys, pool.spans(range(4))).ok.all()
+            if registered == "afterwards":
+                backend.register(memory)
+            assert bench.get(keys, pool.spans(range(8, 12))).ok.all()
+            assert bench.put(bench.keys(1), Spans((memory,), 1, *np.array([[0], [0], [0], [4096]]))).ok.all()
+
+
 class TestPoolBackend(StorageBackendSuite):
     options = ""
 
@@ -94,6 +113,22 @@ class TestPoolBackend(StorageBackendSuite):
                 bench = Bench(backend, pool)
                 got = bench.get(bench.keys(1), pool.spans([0]))
                 assert got.error is None
+
+
+class TestPoolBackendOverSharedMemory(TestPoolBackend):
+    options = "?transports=shm"
+
+    def make_memory(self, nbytes: int) -> Memory:
+        return MemfdSlabs().allocate(nbytes)
+
+    def test_memory_that_cannot_be_shared_is_refused(self, bench: Bench) -> None:
+        """No other transport may take its place here, and the error says what to do."""
+        memory = Memory.of(bytearray(4096))
+        bench.backend.register(memory)
+        spans = Spans((memory,), 1, *np.array([[0], [0], [0], [4096]]))
+        put = bench.put(bench.keys(1), spans)
+        assert put.status.tolist() == [PutStatus.FAILED]
+        assert "no descriptor" in str(put.error)
 
 
 class TestPoolBackendOnFourStreams(TestPoolBackend):

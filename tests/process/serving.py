@@ -128,6 +128,11 @@ class Server(Program):
     def url(self) -> str:
         return f"kvrdma://127.0.0.1:{self.port}"
 
+    @property
+    def tcp_url(self) -> str:
+        """For tests in which the other end must be at work for bytes to move."""
+        return f"{self.url}?transports=tcp"
+
     def stats(self) -> dict[str, Any]:
         """Ask on a connection of its own."""
         with PoolBackend(Url.parse(self.url), Settings(token_file=self.token_file)) as backend:

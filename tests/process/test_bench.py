@@ -50,6 +50,12 @@ def test_the_tcp_transport_is_measured(streams: int) -> None:
         assert read[f"{way}_cpu_s_per_gb"] > 0
 
 
+def test_shared_memory_is_measured_beside_memcpy() -> None:
+    read = figures(*TINY_TRANSPORT, "--transport", "shm")
+    assert (read["transport"], read["baseline"]) == ("shm", "memcpy")
+    assert all(read[f"{name}_bytes_per_s"] > 0 for name in ("write", "read", "baseline_write", "baseline_read"))
+
+
 @pytest.mark.parametrize(("arguments", "words"), [(TINY_CACHE, "acquire"), (TINY_TRANSPORT, "plain sockets")])
 def test_people_get_a_table(arguments: tuple[str, ...], words: str) -> None:
     done = bench(*arguments)

@@ -293,7 +293,7 @@ with Client(sys.argv[1], n=48, nbytes=1 << 20, first=5000) as client:
 
 
 def test_others_are_served_while_a_client_is_stopped_in_the_middle_of_a_put(server: Server, client: Client) -> None:
-    with Program("-c", STOPS, server.url) as other:
+    with Program("-c", STOPS, server.tcp_url) as other:
         other.says("ready")
         eventually(lambda: client.backend.stats(timeout=PATIENCE_S)["reserved_blocks"])
         other.signal(signal.SIGSTOP)

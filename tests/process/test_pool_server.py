@@ -189,7 +189,7 @@ def stop_in_the_middle_of_a_put(server: Server, client: Client) -> Any:
 
 
 def test_a_server_killed_in_the_middle_of_a_get() -> None:
-    with Server(capacity="64MiB") as server, Client(server.url, **BIG) as client:
+    with Server(capacity="64MiB") as server, Client(server.tcp_url, **BIG) as client:
         assert client.put().result().all()
         get = stop_in_the_middle_of_a_get(server, client)
         server.signal(signal.SIGKILL)
@@ -211,7 +211,7 @@ def test_a_server_killed_in_the_middle_of_a_get() -> None:
 
 
 def test_a_server_killed_in_the_middle_of_a_put() -> None:
-    with Server(capacity="64MiB") as server, Client(server.url, **BIG) as client:
+    with Server(capacity="64MiB") as server, Client(server.tcp_url, **BIG) as client:
         put = stop_in_the_middle_of_a_put(server, client)
         server.signal(signal.SIGKILL)
         put.result(PATIENCE_S)
@@ -225,7 +225,7 @@ def test_a_server_killed_in_the_middle_of_a_put() -> None:
 
 
 def test_transfers_end_though_the_server_is_stopped_and_never_comes_back() -> None:
-    with Server(capacity="64MiB") as server, Client(server.url, **BIG) as client:
+    with Server(capacity="64MiB") as server, Client(server.tcp_url, **BIG) as client:
         assert client.put(slice(0, 24)).result().all()
         server.signal(signal.SIGSTOP)
         get, put = client.get(slice(0, 24), timeout=0.5), client.put(slice(24, 48), timeout=0.5)
@@ -237,7 +237,7 @@ def test_transfers_end_though_the_server_is_stopped_and_never_comes_back() -> No
 
 
 def test_a_server_that_was_stopped_for_a_while_serves_on() -> None:
-    with Server(capacity="64MiB") as server, Client(server.url, **BIG) as client:
+    with Server(capacity="64MiB") as server, Client(server.tcp_url, **BIG) as client:
         assert client.put().result().all()
         get = stop_in_the_middle_of_a_get(server, client)
         server.signal(signal.SIGCONT)
@@ -399,7 +399,7 @@ def test_a_client_killed_or_stopped_in_the_middle_of_a_put(how: signal.Signals) 
     with (
         Server(capacity="64MiB") as server,
         Client(server.url, n=1) as watcher,
-        Program("-c", PUTS_FOR_EVER, server.url, timeout) as other,
+        Program("-c", PUTS_FOR_EVER, server.tcp_url, timeout) as other,
     ):
         other.says("ready")
         eventually(lambda: watcher.backend.stats(timeout=PATIENCE_S)["reserved_blocks"])

@@ -100,7 +100,7 @@ def test_a_part_that_cannot_be_imported(tmp_path: Any, monkeypatch: pytest.Monke
     for part in ("gone", "nameless"):
         with pytest.raises(ConfigError, match=rf"transport '{part}' cannot be imported"):
             transports.get(part)
-    with pytest.raises(TransportError, match="gone: not known here"):
+    with pytest.raises(TransportError, match="gone: transport 'gone' cannot be imported"):
         negotiate([("gone", "a:1")])
 
 

@@ -6,6 +6,7 @@ and has the server read them. No key that can write is ever sent.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
@@ -90,6 +91,7 @@ class PoolBackend(StorageBackend):
         self._keyspace: KeySpace | None = None
         self._memories: list[Memory] = []
         self._transports: dict[str, Transport] = {}
+        self._unfit: dict[str, KVRDMAError] = {}  # transports that cannot take memory of ours, and why
         self._regions: dict[tuple[str, int], tuple[MemoryRegion, RemoteRegion]] = {}
         # A put keeps its thread until the server has read it: gets have threads of their own.
         self._getters = ThreadPoolExecutor(_WORKERS, thread_name_prefix="kvrdma-get")
@@ -103,8 +105,9 @@ class PoolBackend(StorageBackend):
         """Make memory usable with every transport that is, or will be, in use."""
         with self._guard:
             self._memories.append(memory)
-            for transport in self._transports.values():
-                self._register(transport, memory)
+            for transport in list(self._transports.values()):
+                with contextlib.suppress(KVRDMAError):  # the next connection is made by another one
+                    self._register(transport, memory)
 
     def use_keyspace(self, keyspace: KeySpace) -> None:
         """Say which key space the keys that follow belong to."""
@@ -222,6 +225,8 @@ class PoolBackend(StorageBackend):
         failures: list[KVRDMAError] = []
         for cls, address in negotiate(offers, self._order):
             try:
+                if cls.scheme in self._unfit:
+                    raise self._unfit[cls.scheme]
                 transport = self._transport(cls)
                 return transport.connect(
                     address, timeout=timeout, ticket=session.hello.ticket, secret=session.stream_secret
@@ -243,8 +248,16 @@ class PoolBackend(StorageBackend):
             return transport
 
     def _register(self, transport: Transport, memory: Memory) -> None:
-        region = transport.register(memory)
-        self._regions[transport.scheme, id(memory)] = (region, transport.export(region, Rights.READ))
+        """Make memory known to a transport; one that cannot take it is not used from now on."""
+        try:
+            region = transport.register(memory)
+            self._regions[transport.scheme, id(memory)] = (region, transport.export(region, Rights.READ))
+        except KVRDMAError as error:
+            logger.warning("transport %s is not used: %s", transport.scheme, error)
+            self._unfit[transport.scheme] = error
+            del self._transports[transport.scheme]
+            transport.close()  # and with it whatever is under way
+            raise
 
     def _region(self, scheme: str, memory: Memory) -> tuple[MemoryRegion, RemoteRegion]:
         found = self._regions.get((scheme, id(memory)))
