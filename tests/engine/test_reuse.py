@@ -14,6 +14,15 @@ from typing import Any
 
 import numpy as np
 import psutil
+from asking import (
+    assert_as_from_own_cache,
+    assert_every_block_accounted,
+    counters,
+    loaded,
+    misses,
+    more,
+    new_misses,
+)
 from conftest import BLOCK, MODELS, Pool, Witness, eventually
 from processes import EngineProcess, Server
 from slabs import alter
@@ -33,36 +42,12 @@ def prompt(text: list[int], number: int, n: int = N) -> list[int]:
     return [text[0], 1000 + number, *text[1 : n - 1]]
 
 
-def loaded(answer: dict[str, Any]) -> int:
-    return answer["kvrdma"]["kvrdma.loaded_tokens"]
-
-
-def misses(answer: dict[str, Any]) -> dict[str, int]:
-    return answer["kvrdma"]["kvrdma.stats"]["misses"]
-
-
-def assert_every_block_accounted(answer: dict[str, Any]) -> None:
-    stats = answer["kvrdma"]["kvrdma.stats"]
-    assert stats["looked_up_blocks"] == stats.get("served_blocks", 0) + sum(stats["misses"].values())
-
-
 def store(server: Server, engine: EngineProcess, tokens: list[int], **more: Any) -> dict[str, Any]:
     """Compute a prompt, and wait until the pool has it."""
     before = server.stats()["blocks"]
     answer = engine.generate(tokens, **more)
     eventually("offloaded", lambda: server.stats()["blocks"] >= before + len(tokens) // BLOCK)
     return answer
-
-
-def assert_as_from_own_cache(plain: EngineProcess, tokens: list[int], answer: dict[str, Any]) -> None:
-    """The answer is the one that vLLM without kvrdma gives with as many tokens from its own prefix cache."""
-    n_cached = answer["cached_tokens"]
-    plain.ask("reset")
-    if n_cached:
-        plain.generate(tokens[: n_cached + 1], id="prefix", max_tokens=1)
-    reference = plain.generate(tokens, id="reference", max_tokens=len(answer["tokens"]))
-    assert reference["cached_tokens"] == n_cached
-    assert answer["tokens"] == reference["tokens"]
 
 
 def test_same_prompt(
@@ -214,20 +199,6 @@ def test_a_request_aborted_in_the_middle_of_its_fetch(
     assert more(before, after, "l2_fetch_asked_blocks") == N_LOOKED_UP  # not fetched a second time
     assert more(before, after, "l2_fetched_blocks") == N_LOOKED_UP
     assert (after["zombies"], after["waiting_slots"], after["jobs"]) == (0, 0, 0)
-
-
-def counters(engine: EngineProcess) -> dict[str, Any]:
-    """The connector's, by a prompt of less than a block: it is not looked up and not saved."""
-    return engine.generate([1, 2, 3], id="counters", max_tokens=1)["kvrdma"]["kvrdma.stats"]
-
-
-def more(before: dict[str, Any], after: dict[str, Any], name: str) -> int:
-    return after.get(name, 0) - before.get(name, 0)
-
-
-def new_misses(before: dict[str, Any], answer: dict[str, Any]) -> dict[str, int]:
-    new = {reason: n - before["misses"].get(reason, 0) for reason, n in misses(answer).items()}
-    return {reason: n for reason, n in new.items() if n}
 
 
 @contextmanager

@@ -4,25 +4,33 @@ It shares no code with kvrdma's copier or checksums: device bytes are read by to
 line of JSON a block goes to $WITNESS_FILE. With $WITNESS_ALTER it alters one slot before each load, so that a
 test can see the comparison fail. With $WITNESS_HOLD the pool gets no slab but its first until that file is there.
 While there is a file $WITNESS_FILE.hold-get or .hold-put, the process that it names is stopped just before the
-worker's next get from, or put to, the pool, and the file is removed.
+worker's next get from, or put to, the pool, and the file is removed. With $WITNESS_FAULTS the transport "faulty" is
+known, with the faults of that file (planned.py). With $WITNESS_UNLOCKED the worker may not lock a page.
 """
 
+import ctypes
 import faulthandler
 import hashlib
 import json
 import os
+import resource
 import signal
 import sys
 import time
 from pathlib import Path
 
 import torch
+from planned import add_faulty
 
 from kvrdma.cache import BlockStatus, JobKind
 from kvrdma.connectors.vllm.connector import KVRDMAConnector
 from kvrdma.memory import MemfdSlabs
 
 STACKS_AFTER_S = 4.0  # vLLM, at its defaults, kills a worker soon after
+CAP_IPC_LOCK = 14
+
+if os.environ.get("WITNESS_FAULTS"):
+    add_faulty(Path(os.environ["WITNESS_FAULTS"]))
 
 
 def hold_slabs(until):
@@ -35,6 +43,14 @@ def hold_slabs(until):
         return allocate(self, nbytes)
 
     MemfdSlabs.allocate = held
+
+
+def refuse_page_locks():
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, 0))
+    libc, header, sets = ctypes.CDLL(None), (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    if libc.capget(header, sets) == 0:  # root would not be limited
+        sets[0] &= ~(1 << CAP_IPC_LOCK)
+        libc.capset(header, sets)
 
 
 def stopping(what, call):
@@ -53,6 +69,8 @@ class WitnessConnector(KVRDMAConnector):
     def register_kv_caches(self, kv_caches):
         if os.environ.get("WITNESS_HOLD"):
             hold_slabs(Path(os.environ["WITNESS_HOLD"]))
+        if os.environ.get("WITNESS_UNLOCKED"):
+            refuse_page_locks()
         super().register_kv_caches(kv_caches)
         self.layers = [kv_caches[name] for name in self._kv_cache_config.kv_cache_groups[0].layer_names]
         self.loading = {}
