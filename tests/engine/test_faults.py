@@ -339,7 +339,7 @@ def test_a_read_that_never_ends(drill: Drill) -> None:
     drill.hits_again(tokens)
 
 
-def test_a_slot_that_is_used_again_under_a_slow_reader(drill: Drill) -> None:
+def test_a_slot_that_is_used_again_while_the_engine_reads_it(drill: Drill) -> None:
     tokens = drill.stored()
     before, expired = drill.quiet(), drill.server.stats().get("expired_leases", 0)
     with neighbour(drill) as (backend, pool):
