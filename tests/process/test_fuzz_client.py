@@ -67,16 +67,18 @@ class Liar:
     def _replies(self, client: socket.socket, server: socket.socket) -> None:
         with contextlib.suppress(OSError), server.makefile("rb") as stream:
             opening = stream.read(protocol.PREFACE_NBYTES)
-            client.sendall(self._draw.mutated(opening) if self._lies(0.02) else opening)
+            lies = self._lies(0.02)
+            client.sendall(self._draw.mutated(opening) if lies else opening)
+            self.altered += lies
             while len(head := stream.read(4)) == 4:
                 body = stream.read(struct.unpack(">I", head)[0])
-                client.sendall(self._answer(head, body) if self._lies(0.4) else head + body)
+                lies = self._lies(0.4)
+                client.sendall(self._answer(head, body) if lies else head + body)
+                self.altered += lies
         end(client, server)
 
     def _lies(self, p: float) -> bool:
-        lies = not self.honest and self._draw.chance(p)
-        self.altered += lies
-        return lies
+        return not self.honest and self._draw.chance(p)
 
     def _answer(self, head: bytes, body: bytes) -> bytes:
         draw, message = self._draw, protocol.decode(body)

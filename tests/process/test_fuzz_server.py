@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import socket
 import struct
 import threading
@@ -127,10 +128,13 @@ def besieged(served: Served) -> Iterator[None]:
         assert word not in server.text, server.text[-4000:]
 
 
-def spill(sock: socket.socket, raw: bytes) -> None:
-    """Send, whether or not the other side still wants it."""
+def spill(sock: socket.socket, *parts: bytes) -> int:
+    """Send, whether or not the other side still wants it; how many parts went out whole."""
+    raw, n_sent = b"".join(parts), 0
     with contextlib.suppress(OSError):
-        sock.sendall(raw)
+        while n_sent < len(raw):
+            n_sent += sock.send(raw[n_sent:])
+    return sum(end <= n_sent for end in itertools.accumulate(map(len, parts)))
 
 
 def leave(draw: Fuzzer, sock: socket.socket) -> None:
@@ -192,23 +196,21 @@ def requests(draw: Fuzzer, raw: RawClient, keyspace: int) -> protocol.Message:
 def test_after_authentication(served: Served, client: Client, fuzzing: Fuzzing) -> None:
     """Inputs in a row, of which few end the connection; with a data connection and without."""
     assert client.put().result().all()
-    inputs = fuzzing.inputs(800, 100_000)
     with besieged(served):
-        for draw in inputs:
+        for draw in fuzzing.rows(800, 100_000):
             raw = served.raw()
             with contextlib.ExitStack() as stack:
                 if draw.chance(0.5):
                     stack.enter_context(data_stream(raw))
-                keyspace, out = raw.open(), bytearray()
+                keyspace, out = raw.open(), []
                 for _ in range(IN_A_ROW):
                     message = requests(draw, raw, keyspace)
                     if draw.chance(0.1):
                         message = draw.altered(message)
                     body = draw.body(message) if draw.chance(0.02) else protocol.encode(message)[4:]
-                    out += draw.frame(draw.mutated(body)) if draw.chance(0.02) else struct.pack(">I", len(body)) + body
-                    if next(inputs, None) is None:
-                        break
-                spill(raw.sock, bytes(out))
+                    frame = struct.pack(">I", len(body)) + body
+                    out.append(draw.frame(draw.mutated(body)) if draw.chance(0.02) else frame)
+                fuzzing.count += spill(raw.sock, *out)
                 leave(draw, raw.sock)
     client.clear()
     assert all(client.came(row) for row in np.flatnonzero(client.get().result()))
@@ -253,13 +255,12 @@ def test_the_data_port_before_authentication(served: Served, fuzzing: Fuzzing) -
 def test_the_data_port_after_authentication(served: Served, client: Client, fuzzing: Fuzzing) -> None:
     """Frames in a row on the stream of a client that holds a lease: it reads nothing but what was exported."""
     assert client.put().result().all()
-    inputs = fuzzing.inputs(300, 40_000)
     with besieged(served):
-        for draw in inputs:
+        for draw in fuzzing.rows(300, 40_000):
             with served.raw() as raw, data_stream(raw) as sock:
                 reply = raw.call(get_request(raw, raw.open(), client.n), protocol.GetReply)
                 token = reply.regions[0][2]
-                out = bytearray()
+                out = []
                 for op in range(IN_A_ROW // 2):
                     rows, offsets, sizes = (
                         np.array([draw.int64() if draw.chance(0.01) else draw.randrange(most) for _ in range(3)])
@@ -271,13 +272,11 @@ def test_the_data_port_after_authentication(served: Served, client: Client, fuzz
                         frame = wire.encode_request(
                             Frame.WRITE_REQUEST, op, 0, tokens, rows, offsets, sizes, len(payload)
                         )
-                        out += frame + payload
+                        out.append(frame + payload)
                     else:
                         frame = wire.encode_request(Frame.READ_REQUEST, op, 0, tokens, rows, offsets, sizes, 0)
-                        out += draw.mutated(frame) if draw.chance(0.05) else frame
-                    if next(inputs, None) is None:
-                        break
-                spill(sock, bytes(out))
+                        out.append(draw.mutated(frame) if draw.chance(0.05) else frame)
+                fuzzing.count += spill(sock, *out)
                 leave(draw, sock)
     client.clear()
     assert client.get().result().all()  # nobody could write to the pool
