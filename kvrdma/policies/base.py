@@ -23,7 +23,8 @@ class Event(Enum):
 class EvictionPolicy(ABC):
     """Decides which blocks lose their slots. Knows keys only; the cache counts slots and bytes.
 
-    Every operation is O(1) a key, and state is bounded by a multiple of `capacity`.
+    Every operation is O(1) a key. A key is in until the caller lets it go, though there be more than `capacity`;
+    what is kept beyond those that are in is bounded by a multiple of it.
     """
 
     name: ClassVar[str]

@@ -7,6 +7,7 @@ import dataclasses
 import secrets
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar, Final
@@ -94,6 +95,9 @@ class StorageBackendSuite:
 
     needs_registration: ClassVar[bool] = True
     """Whether memory that was not registered cannot be used."""
+
+    capacity: ClassVar[int | None] = None
+    """How many bytes the store holds, where it is to be tested beyond them; twice as many are put."""
 
     def make_backend(self) -> StorageBackend:
         """Make a backend; the suite closes it."""
@@ -412,6 +416,98 @@ class StorageBackendSuite:
             assert got.result(PATIENCE_S).all(), "a put read its memory after its hold had ended"
             assert seen == [wanted], "a get's hold ended before the bytes were there"
             assert all(set(bench.content(target, row)) == {0xBB} for row in range(n))
+
+    def test_no_byte_beside_its_spans_is_touched(self, bench: Bench) -> None:
+        """A get writes to what it gives, a put to nothing; other slots, and what is not served, stay as they are."""
+        rows, nbytes = np.arange(8), 1000
+        keys = bench.keys(8)
+        source, target = bench.pool.spans(range(8), nbytes), bench.pool.spans(range(20, 36, 2), nbytes)
+        checksums = bench.checksums(keys, source)
+        checksums[5] ^= 1  # it is not stored, or not served
+        there = rows != 3
+
+        def everything() -> list[bytes]:
+            return [bytes(bench.pool.view(slot)) for slot in range(bench.pool.n_slots)]
+
+        before = everything()
+        bench.put(keys[there], source.select(there), checksums=checksums[there])
+        bench.put(keys[:2], bench.pool.spans([40, 41], nbytes))  # there already
+        bench.get(keys, bench.pool.spans(range(48, 56)))  # of another size
+        assert everything() == before
+        got = bench.get(keys, target)
+        assert got.ok.tolist() == [True, True, True, False, True, False, True, True]
+        expected = [bytearray(slot) for slot in before]
+        after = everything()
+        for row in rows.tolist():
+            expected[20 + 2 * row][:nbytes] = before[row][:nbytes] if got.ok[row] else after[20 + 2 * row][:nbytes]
+        assert after == expected
+        assert after[26] == before[26], "the target of a miss was written"
+
+    @pytest.mark.parametrize("timeout", [1e-9, 1e-4, 1e-2])
+    def test_a_time_out_leaves_nothing_behind(self, bench: Bench, timeout: float) -> None:
+        """However early it comes: transfers end, holds are let go, and the same keys can be put and got afterwards."""
+        keys = bench.keys(8)
+        source, target = bench.pool.spans(range(8)), bench.pool.spans(range(8, 16))
+        checksums = bench.checksums(keys, source)
+        for _ in range(10):
+            for slots in (range(8), range(8, 16)):
+                lease = bench.pool.lease(np.array(slots, dtype=np.int64))
+                with contextlib.suppress(KVRDMAError):
+                    if slots[0] == 0:
+                        transfer: PutTransfer | GetTransfer = bench.backend.put(
+                            keys, SHARD, source, checksums, hold=lease, timeout=timeout
+                        )
+                    else:
+                        transfer = bench.backend.get_into(keys, SHARD, target, hold=lease, timeout=timeout)
+                    transfer.result(PATIENCE_S)
+                lease.release()
+                assert not lease.alive, "a hold outlives its time-out"
+            with contextlib.suppress(KVRDMAError):
+                bench.backend.lookup(keys, [SHARD], timeout=timeout)
+            with contextlib.suppress(KVRDMAError):
+                bench.backend.stats(timeout=timeout)
+        assert bench.pool.n_leases == 0
+        deadline = time.monotonic() + PATIENCE_S
+
+        def works(call: Callable[[], PutTransfer | GetTransfer]) -> bool:
+            with contextlib.suppress(KVRDMAError):  # what was given up may have cost the connection
+                return bool(call().ok.all())
+            return False
+
+        for call in (lambda: bench.put(keys, source), lambda: bench.get(keys, target)):
+            while not works(call):
+                assert time.monotonic() < deadline, "keys of a call that timed out are of no use any more"
+        for row in range(8):
+            assert bench.content(target, row) == bench.content(source, row)
+
+    def test_a_full_store_says_what_it_does_not_store(self, bench: Bench) -> None:
+        """It evicts, or declines; what it says it stored is there."""
+        if self.capacity is None:
+            pytest.skip(f"{type(self).__name__}: set `capacity` to run this")
+        nbytes, n = 1 << 20, 8
+        n_stored = 0
+        with PinnedPool(nbytes, 2 * n) as pool:
+            for memory in pool.memories:
+                bench.backend.register(memory)
+            rng = np.random.default_rng(2)
+            for slot in range(n):
+                pool.view(slot)[:] = rng.integers(0, 256, nbytes, dtype=np.uint8)
+            source, target = pool.spans(range(n)), pool.spans(range(n, 2 * n))
+            for _ in range(-(-2 * self.capacity // (n * nbytes))):
+                keys = bench.keys(n)
+                put = bench.put(keys, source)
+                assert put.error is None
+                stored = put.status == PutStatus.STORED
+                assert (stored | (put.status == PutStatus.DECLINED)).all()
+                found = bench.backend.lookup(keys, [SHARD], timeout=PATIENCE_S).present
+                got = bench.get(keys, target)
+                np.testing.assert_array_equal(found, stored)
+                np.testing.assert_array_equal(got.ok, stored)
+                assert all(
+                    np.array_equal(pool.view(n + row), pool.view(row)) for row in np.flatnonzero(stored).tolist()
+                )
+                n_stored += int(stored.sum())
+        assert n_stored
 
     def test_memory_that_was_never_registered(self, bench: Bench) -> None:
         """An error or FAILED, and the backend is of use afterwards."""

@@ -119,6 +119,15 @@ class EvictionPolicySuite:
         assert len(chosen) == 5
         assert policy.victims(1, is_pinned=lambda _: True) == []
 
+    def test_nothing_goes_by_itself(self) -> None:
+        """Only the caller knows what is in the cache: more than `capacity` keys stay until it lets them go."""
+        policy = self.make_policy(4)
+        for i in range(20):
+            policy.insert(key(i))
+        assert len(policy) == 20
+        assert all(key(i) in policy for i in range(20))
+        assert set(policy.victims(20, is_pinned=nothing_is_pinned)) == {key(i) for i in range(20)}
+
     @pytest.mark.parametrize("parents", ["none", "one of all", "the block before"])
     def test_state_is_bounded(self, parents: str) -> None:
         """A policy that has seen 300 times its capacity is not larger than one that has seen 30 times of it."""

@@ -32,6 +32,7 @@ from kvrdma.transports import (
 
 PATIENCE_S: Final = 30.0  # a wait that takes this long has hung
 _BOTH: Final = Rights.READ | Rights.WRITE
+_GUARD: Final = np.arange(4096, dtype=np.uint8)  # lies before and behind the memory of `make_array`
 Bytes = NDArray[np.uint8]
 
 
@@ -107,7 +108,9 @@ class TransportSuite:
 
     def make_array(self, nbytes: int) -> tuple[Bytes, Memory]:
         """Make memory that can be exported, and its bytes; for transports that cannot export just any."""
-        array = np.zeros(nbytes, dtype=np.uint8)
+        around = np.concatenate([_GUARD, np.zeros(nbytes, dtype=np.uint8), _GUARD])
+        self._guards().append((around[: len(_GUARD)], around[-len(_GUARD) :]))
+        array = around[len(_GUARD) : -len(_GUARD)]
         return array, Memory.of(array)
 
     def silent_peer(self) -> AbstractContextManager[str]:
@@ -116,6 +119,14 @@ class TransportSuite:
         What no correct peer does cannot be asked of every transport: without one these tests are skipped.
         """
         pytest.skip(f"{type(self).__name__} gives no silent peer: override silent_peer to run this")
+
+    @pytest.fixture(autouse=True)
+    def guards_stay_whole(self) -> Iterator[None]:
+        """Whatever a test does, the bytes around what was registered are nobody's, also when all has ended."""
+        yield
+        for before, behind in self._guards():
+            np.testing.assert_array_equal(before, _GUARD, "bytes before a region were written")
+            np.testing.assert_array_equal(behind, _GUARD, "bytes behind a region were written")
 
     @pytest.fixture
     def transports(self) -> Iterator[tuple[Transport, Transport]]:
@@ -145,6 +156,11 @@ class TransportSuite:
             region = transport.register(memory)
             sides.append(Side(transport, endpoint, array, region, transport.export(region, _BOTH)))
         return sides[0], sides[1]
+
+    def _guards(self) -> list[tuple[Bytes, Bytes]]:
+        """What lies before and behind each array of this test."""
+        guards: list[tuple[Bytes, Bytes]] = vars(self).setdefault("_guards_of_test", [])
+        return guards
 
     # -- bytes
 
@@ -573,6 +589,27 @@ class TransportSuite:
             assert isinstance(transfer.error, DeadlineError)
             assert held.ends == 1
             assert endpoint.closed()
+
+    @pytest.mark.parametrize("timeout", [1e-9, 1e-5, 1e-3])
+    def test_a_time_out_leaves_nothing_behind(
+        self, transports: tuple[Transport, Transport], listener: Listener, timeout: float
+    ) -> None:
+        """However early it comes: the transfer ends, its hold is let go once, and nothing lands afterwards."""
+        for _ in range(10):
+            here, there = self.make_sides(transports, listener, self.nbytes)
+            held = [HeldLease() for _ in range(4)]
+            posted = []
+            for each in held:
+                with contextlib.suppress(ClosedError):  # a time-out that nothing answers ends the endpoint
+                    posted.append(here.endpoint.post(self.read_all(here, there), hold=each.lease, timeout=timeout))
+                each.lease.release()
+            for transfer in posted:
+                assert transfer.result(PATIENCE_S).all() or transfer.error is not None
+            assert [each.ends for each in held] == [1] * 4
+            here.array[:] = 0
+            there.endpoint.close()
+            here.endpoint.close()
+            assert not here.array.any()
 
     def test_a_time_out_that_was_met_is_forgotten(self, sides: tuple[Side, Side]) -> None:
         """Neither it nor twice of it ends anything once the transfer is terminal."""

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -98,6 +99,7 @@ def test_memory_that_cannot_be_shared_goes_over_tcp(registered: str) -> None:
 
 class TestPoolBackend(StorageBackendSuite):
     options = ""
+    capacity: ClassVar[int | None] = 64 << 20
 
     @pytest.fixture(autouse=True)
     def _at(self, server: str) -> None:

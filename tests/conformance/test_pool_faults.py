@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -81,6 +82,8 @@ def count(bench: Bench, name: str) -> int:
 
 class TestPoolWithoutFaults(StorageBackendSuite):
     """The suite, over the wrapper at both ends."""
+
+    capacity: ClassVar[int | None] = 64 << 20
 
     def plans(self) -> tuple[FaultPlan, FaultPlan]:
         return FaultPlan.none(), FaultPlan.none()
