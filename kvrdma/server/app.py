@@ -172,8 +172,18 @@ class PoolServer:
             "leases": sum(session.n_leases for session in self._sessions.values()),
             "policy": self.settings.policy,
             "transports": list(self._listeners),
+            "data_connections": self._data_connections(),
             "uptime_s": round(time.monotonic() - self._started, 3),
         }
+
+    def _data_connections(self) -> dict[str, int]:
+        """How many clients' bytes each transport moves."""
+        counts = dict.fromkeys(self._listeners, 0)
+        for session in self._sessions.values():
+            scheme = session.data_scheme
+            if scheme is not None:
+                counts[scheme] += 1
+        return counts
 
     # -- transports
 

@@ -161,6 +161,12 @@ def families(stats: dict[str, Any]) -> Iterable[Any]:
     for row in stats.get("by_size", ()):
         by_size.add_metric([str(row["nbytes"])], row["blocks"])
     yield by_size
+    by_transport = GaugeMetricFamily(
+        "kvrdma_pool_data_connections", "Clients by the transport that moves their bytes.", labels=["transport"]
+    )
+    for scheme, n in stats.get("data_connections", {}).items():
+        by_transport.add_metric([scheme], n)
+    yield by_transport
     misses = CounterMetricFamily(
         "kvrdma_pool_miss_blocks", "Blocks asked about or wanted that were not there, by reason.", labels=["reason"]
     )

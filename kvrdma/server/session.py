@@ -109,6 +109,12 @@ class ClientSession:
         return bool(self._puts)
 
     @property
+    def data_scheme(self) -> str | None:
+        """What moves its bytes; None where nothing does yet."""
+        there = self._endpoint.done() and not self._endpoint.cancelled()
+        return self._endpoint.result().scheme if there else None
+
+    @property
     def n_leases(self) -> int:
         """How many leases the client holds."""
         return len(self._leases)

@@ -13,9 +13,10 @@ from kvrdma.transports.base import (
     TransferBatch,
     Transport,
 )
-from kvrdma.transports.registry import check_order, find_usable, negotiate, transports
+from kvrdma.transports.registry import Choice, check_order, find_usable, negotiate, transports, weigh
 
 __all__ = [
+    "Choice",
     "Endpoint",
     "Listener",
     "MemoryRegion",
@@ -31,4 +32,5 @@ __all__ = [
     "find_usable",
     "negotiate",
     "transports",
+    "weigh",
 ]

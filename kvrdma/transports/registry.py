@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from kvrdma.errors import ConfigError, TransportError
@@ -36,7 +37,20 @@ def find_usable() -> tuple[list[str], dict[str, str]]:
     return usable, refused
 
 
-def negotiate(offers: Sequence[tuple[str, str]], order: Sequence[str] = ()) -> list[tuple[type[Transport], str]]:
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A peer's offers as they can be used from here: those that can, best first, and why the others cannot."""
+
+    candidates: tuple[tuple[type[Transport], str], ...]
+    refused: Mapping[str, str]
+
+    def why_none(self) -> TransportError:
+        """What to raise where there is no candidate, or none of them works."""
+        reasons = "; ".join(f"{scheme}: {why}" for scheme, why in self.refused.items())
+        return TransportError(f"no transport in common with the peer ({reasons or 'no offers'})")
+
+
+def weigh(offers: Sequence[tuple[str, str]], order: Sequence[str] = ()) -> Choice:
     """Order a peer's offers (scheme, address) by preference, best first.
 
     `order` is the user's: what it does not name is never used. Without one the default order holds: in
@@ -44,13 +58,13 @@ def negotiate(offers: Sequence[tuple[str, str]], order: Sequence[str] = ()) -> l
 
     Raises:
         ConfigError: a name in `order` that no transport has.
-        TransportError: nothing that the peer offers can be used, with the reason for each.
     """
     check_order(order)
     rank = _rank_of(order or DEFAULT_ORDER)
     candidates: list[tuple[float, type[Transport], str]] = []
-    refused: list[str] = []
+    refused = dict.fromkeys(order, "not offered by the peer")
     for scheme, address in offers:
+        refused.pop(scheme, None)
         why = f"not among {', '.join(order)}" if order and scheme not in order else None
         why = why or _why_not_here(scheme, named=bool(order))
         if why is None and not transports.get(scheme).can_reach(address):
@@ -58,10 +72,22 @@ def negotiate(offers: Sequence[tuple[str, str]], order: Sequence[str] = ()) -> l
         if why is None:
             candidates.append((rank(scheme), transports.get(scheme), address))
         else:
-            refused.append(f"{scheme}: {why}")
-    if not candidates:
-        raise TransportError(f"no transport in common with the peer ({'; '.join(refused) or 'no offers'})")
-    return [(cls, address) for _, cls, address in sorted(candidates, key=lambda c: c[0])]
+            refused[scheme] = why
+    candidates.sort(key=lambda candidate: candidate[0])
+    return Choice(tuple((cls, address) for _, cls, address in candidates), refused)
+
+
+def negotiate(offers: Sequence[tuple[str, str]], order: Sequence[str] = ()) -> list[tuple[type[Transport], str]]:
+    """The candidates of `weigh`, at least one.
+
+    Raises:
+        ConfigError: a name in `order` that no transport has.
+        TransportError: nothing that the peer offers can be used, with the reason for each.
+    """
+    choice = weigh(offers, order)
+    if not choice.candidates:
+        raise choice.why_none()
+    return list(choice.candidates)
 
 
 def _rank_of(order: Sequence[str]) -> Callable[[str], float]:

@@ -11,10 +11,8 @@ import numpy as np
 import pytest
 from serving import PATIENCE_S, Client, Program, Server, eventually
 
-from kvrdma.backends.pool import PoolBackend
 from kvrdma.errors import TransportError
 from kvrdma.memory import MemfdSlabs
-from kvrdma.settings import Settings, Url
 from kvrdma.testing.transports import make_batch
 from kvrdma.transports import Opcode, RemoteRegion
 from kvrdma.transports.shm import ShmTransport
@@ -105,10 +103,12 @@ transports.get("shm"), transports.get("tcp"), "host".encode("idna")
 os.setuid(65534)  # now: another user may not be able to read our files
 with Client(sys.argv[1], n=4) as client:
     stored = client.put().result(30).all()
-    print("stored", stored, client.backend._session._endpoint.scheme, file=sys.stderr)
+    stats = client.backend.stats(timeout=30)
+    print("stored", stored, stats["data_transport"], stats["other_transports"]["shm"], file=sys.stderr)
 """
     with Server() as server, Program("-c", script, server.url) as other:
-        assert other.says("stored ") == "True tcp"
+        assert other.says("stored ").startswith("True tcp shm: ")
+        assert "turned us away: another user" in other.text
         assert other.ended() == 0
 
 
@@ -146,12 +146,18 @@ def test_engine_and_pool_on_one_host_use_shared_memory_by_default() -> None:
                 client.clear()
                 assert client.get().result(PATIENCE_S).all()
                 assert all(client.came(row) for row in range(client.n))
-                assert isinstance(client.backend, PoolBackend)
-                assert client.backend._session._endpoint.scheme == scheme
+                stats = client.backend.stats(timeout=PATIENCE_S)
+                assert stats["data_transport"] == scheme
+                assert stats["data_connections"] == {"shm": 0, "tcp": 0} | {scheme: 1}
+                why = {"shm": ("tcp", "shm comes first"), "tcp": ("shm", "not among tcp")}[scheme]
+                assert stats["other_transports"][why[0]] == why[1]
 
 
 def test_a_pool_that_offers_no_shared_memory_is_not_asked_for_it() -> None:
     with Server(arguments=("-m", "kvrdma", "serve", "--port", "0", "--transports", "tcp")) as server:
         assert server.stats()["transports"] == ["tcp"]
-        with PoolBackend(Url.parse(f"{server.url}?transports=shm"), Settings()) as backend:
-            assert backend.stats(timeout=PATIENCE_S)["clients"] == 1
+        with Client(f"{server.url}?transports=shm") as client:
+            put = client.put()
+            assert not put.result(PATIENCE_S).any()
+            assert "shm: not offered by the peer" in str(put.error)
+            assert "tcp: not among shm" in str(put.error)

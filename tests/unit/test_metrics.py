@@ -58,6 +58,7 @@ def test_what_prometheus_gets() -> None:
                 "blocks": 7,
                 "by_size": [{"nbytes": 4096, "blocks": 7}],
                 "misses": {"evicted": 3},
+                "data_connections": {"shm": 2, "tcp": 0},
                 "seconds": {"put": histogram.snapshot()},
             }
         )
@@ -71,6 +72,7 @@ def test_what_prometheus_gets() -> None:
     assert value("put_blocks_total", outcome="stored") == 0
     assert value("stored_blocks") == 7
     assert (value("miss_blocks_total", reason="evicted"), value("miss_blocks_total", reason="not_there")) == (3, 0)
+    assert (value("data_connections", transport="shm"), value("data_connections", transport="tcp")) == (2, 0)
     assert value("size_class_blocks", nbytes="4096") == 7
     assert value("operation_seconds_bucket", operation="put", le="0.001") == 0
     assert value("operation_seconds_bucket", operation="put", le="0.0025") == 2

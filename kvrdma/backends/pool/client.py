@@ -38,13 +38,13 @@ from kvrdma.errors import (
     KVRDMAError,
     ProtocolError,
     RegionError,
-    TransportError,
 )
 from kvrdma.keys import KeyBatch, KeySpace
 from kvrdma.layout import Checksums, Int64s, Shard
 from kvrdma.memory import Lease, Memory, Spans
 from kvrdma.settings import Settings, Url, find_token, host_and_port, option, parse_count, parse_names, parse_text
 from kvrdma.transports import (
+    Choice,
     Endpoint,
     MemoryRegion,
     Opcode,
@@ -54,7 +54,7 @@ from kvrdma.transports import (
     TransferBatch,
     Transport,
     check_order,
-    negotiate,
+    weigh,
 )
 from kvrdma.transports.tcp import TcpTransport
 
@@ -91,6 +91,7 @@ class PoolBackend(StorageBackend):
         self._keyspace: KeySpace | None = None
         self._memories: list[Memory] = []
         self._transports: dict[str, Transport] = {}
+        self._chosen: dict[str, Any] = {}  # what moves the bytes, as `stats` says it
         self._unfit: dict[str, KVRDMAError] = {}  # transports that cannot take memory of ours, and why
         self._regions: dict[tuple[str, int], tuple[MemoryRegion, RemoteRegion]] = {}
         # A put keeps its thread until the server has read it: gets have threads of their own.
@@ -171,10 +172,11 @@ class PoolBackend(StorageBackend):
         return answer.count
 
     def stats(self, *, timeout: float) -> dict[str, Any]:
-        """The server's counters."""
+        """The server's counters, and once bytes have moved by which transport, and why by no other."""
         deadline = Deadline(timeout)
         session = self._connected(deadline)
-        return session.call(protocol.StatsRequest, protocol.StatsReply, timeout=deadline.left()).stats
+        found = session.call(protocol.StatsRequest, protocol.StatsReply, timeout=deadline.left()).stats
+        return found | self._chosen
 
     def close(self) -> None:
         """End what is under way and let go of connections."""
@@ -222,20 +224,37 @@ class PoolBackend(StorageBackend):
             if not isinstance(offer, list) or len(offer) != 2 or not all(isinstance(x, str) for x in offer):
                 raise ProtocolError("pool server: an offer must be [scheme, address]")
             offers.append((offer[0], with_host(offer[1], self._host)))
+        choice = weigh(offers, self._order)
+        others = dict(choice.refused)
         failures: list[KVRDMAError] = []
-        for cls, address in negotiate(offers, self._order):
+        for cls, address in choice.candidates:
             try:
                 if cls.scheme in self._unfit:
                     raise self._unfit[cls.scheme]
                 transport = self._transport(cls)
-                return transport.connect(
+                endpoint = transport.connect(
                     address, timeout=timeout, ticket=session.hello.ticket, secret=session.stream_secret
                 )
             except KVRDMAError as error:
                 logger.warning("transport %s to %s failed: %s", cls.scheme, address, error)
                 failures.append(error)
-        kind = DeadlineError if all(isinstance(failure, DeadlineError) for failure in failures) else TransportError
-        raise kind(f"no transport reaches the pool server: {'; '.join(map(str, failures))}")
+                others[cls.scheme] = str(error)
+                continue
+            later = {each.scheme: f"{cls.scheme} comes first" for each, _ in choice.candidates}
+            others = {scheme: why for scheme, why in (later | others).items() if scheme != cls.scheme}
+            self._tell(session, cls.scheme, others)
+            return endpoint
+        if failures and all(isinstance(failure, DeadlineError) for failure in failures):
+            raise DeadlineError(f"no transport reaches the pool server: {'; '.join(map(str, failures))}")
+        raise Choice((), others).why_none()
+
+    def _tell(self, session: Session, scheme: str, others: dict[str, str]) -> None:
+        """Say once, and whenever it changes, what moves the bytes and why nothing else does."""
+        chosen = {"data_transport": scheme, "other_transports": others}
+        if chosen != self._chosen:
+            reasons = "; ".join(f"{other}: {why}" for other, why in others.items())
+            logger.info("pool server %s: bytes go over %s (not %s)", session.peer, scheme, reasons or "any other")
+        self._chosen = chosen
 
     def _transport(self, cls: type[Transport]) -> Transport:
         with self._guard:
