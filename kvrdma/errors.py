@@ -37,6 +37,10 @@ class DeadlineError(KVRDMAError, TimeoutError):
     """A wait that ended before what it waited for. The work itself may still be under way."""
 
 
+class ReentryError(KVRDMAError):
+    """A callback that called the very part that was calling it."""
+
+
 class ClosedError(KVRDMAError):
     """A call on something that was closed or aborted."""
 

@@ -160,7 +160,7 @@ class Settings:
     l1_bytes: int = option(4 << 30, parse_size, "pinned CPU memory of the whole engine, all ranks together")
     l2: str = option("", parse_text, "URL of the store below the CPU cache, such as kvrdma://host:7700")
     policy: str = option("lru", parse_text, "eviction policy of the CPU cache, by name: lru, fifo, s3fifo")
-    offload: str = option("all", one_of("all", later=("hot", "cold", "auto")), "which blocks go to L2: all")
+    offload: str = option("all", parse_text, "which blocks go to L2: all, hot or cold")
     namespace: str = option("", parse_text, "keeps caches apart that would otherwise share")
     weights_version: str = option("", parse_text, "names the weights where they are not files")
     fingerprint: str = option("sampled", one_of("sampled", "full"), "how the weights' content is read: sampled or full")

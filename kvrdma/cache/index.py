@@ -15,14 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvrdma.cache.jobs import BlockStatus, Job, JobKind, JobReport, PoolReport, Probe, ProbeAnswer
+from kvrdma.cache.listeners import Listeners
 from kvrdma.cache.lookups import Gate, Lookups, OpenGate
+from kvrdma.cache.offloads import Offloads
 from kvrdma.cache.requests import Offer
 from kvrdma.cache.slots import Slot, SlotState, SlotTable
 from kvrdma.errors import ConfigError
 from kvrdma.keys import pack_keys
 from kvrdma.layout import Bitmap, Int64s
 from kvrdma.metrics import Metrics, Reason
-from kvrdma.policies import Event, EvictionPolicy, OffloadPolicy
+from kvrdma.policies import CacheListener, Event, EvictionPolicy, OffloadPolicy
 
 PUT_BATCH: Final = 64  # blocks a put job: a large save must not hold up what comes after it
 FETCH_BATCH: Final = 64  # blocks a fetch job: what has come counts at the deadline, though the rest has not
@@ -40,6 +42,7 @@ class IndexOptions:
     fetch_timeout_s: float = 5.0
     put_timeout_s: float = 30.0
     waiting_share: float = 0.5
+    ahead_share: float = 0.05  # of L1: the next victims that are offered for offloading while they are there
     growing: bool = False  # there are no slots but those that every rank has reported (`on_pool`)
 
 
@@ -78,17 +81,21 @@ class CacheIndex:
             raise ConfigError(f"the CPU cache holds {capacity} blocks: l1_bytes is less than one block")
         self.metrics = Metrics()
         self.options = options
-        self._offload = offload
         self._clock = clock
+        self._listeners = Listeners(self.metrics, clock)
         self._table = SlotTable(
             capacity,
             policy,
             self.metrics,
-            on_evict=lambda victims: self._put(victims, Event.EVICTING),
+            self._listeners,
+            on_evict=self._on_evict,
             remember=_REMEMBERED_PER_SLOT * capacity,
             n_slots=0 if options.growing else capacity,
         )
         self._pools = [PoolReport(rank, 0, growing=True) for rank in range(options.ranks if options.growing else 0)]
+        self._offloads = Offloads(
+            self._table, offload, self.metrics, n_ahead=int(options.ahead_share * capacity), put=self._put
+        )
         self._lookups = Lookups(
             self._table,
             OpenGate() if gate is None else gate,
@@ -107,7 +114,10 @@ class CacheIndex:
 
     def take_jobs(self) -> list[Job]:
         """Jobs for every rank since the last call, in order."""
+        self._listeners.check_not_called_back()
         self._expire()
+        if self.options.has_l2:
+            self._offloads.look_ahead()  # behind what was asked for since the last call
         jobs, self._jobs_out = self._jobs_out, []
         return jobs
 
@@ -123,6 +133,10 @@ class CacheIndex:
     def has_output(self) -> bool:
         """Whether jobs wait to be taken."""
         return bool(self._jobs_out)
+
+    def listen(self, listener: CacheListener) -> None:
+        """Tell a listener from now on what becomes of blocks."""
+        self._listeners.add(listener)
 
     def open_job(self, number: int) -> bool:
         """Whether a job is not terminal on every rank."""
@@ -140,6 +154,7 @@ class CacheIndex:
         begun, and what was begun for the request is not waited for. A lookup that is not `counted` (a
         prefetch) is left out of the account.
         """
+        self._listeners.check_not_called_back()
         self._expire()
         return self._lookups.lookup(request_id, keys, first, ready_only=ready_only, counted=counted)
 
@@ -148,31 +163,36 @@ class CacheIndex:
 
         Gives the LOAD job, or None where nothing is to be loaded. The references pass to the job.
         """
+        self._listeners.check_not_called_back()
         taken, n_from_l1 = self._lookups.take(request_id, len(blocks))
         if not taken:
             return None
-        self._touch(taken)
+        self._use(taken)
         job = self._emit(JobKind.LOAD, taken, blocks=np.asarray(blocks, dtype=np.int64))
         self._jobs[job.number].n_from_l1 = n_from_l1
         return job
 
     def take(self, request_id: str, n_blocks: int) -> list[Slot]:
         """Serve offered blocks in place, without a LOAD: they are held until `let_go`."""
+        self._listeners.check_not_called_back()
         slots, n_from_l1 = self._lookups.take(request_id, n_blocks)
-        self._touch(slots)
+        self._use(slots)
         self._served(n_from_l1, len(slots) - n_from_l1)
         return slots
 
     def let_go(self, slots: Sequence[Slot]) -> None:
         """End what `take` began."""
+        self._listeners.check_not_called_back()
         self._table.unref(slots)
 
     def finished(self, request_id: str) -> None:
         """The request has ended, or was aborted: what is held for it is let go, fetches go on."""
+        self._listeners.check_not_called_back()
         self._lookups.finished(request_id)
 
     def refuse(self, request_id: str) -> None:
         """Offer nothing to this request any more: a load of it failed."""
+        self._listeners.check_not_called_back()
         self._lookups.refuse(request_id)
 
     # -- saving
@@ -180,6 +200,11 @@ class CacheIndex:
     def missing(self, keys: Sequence[bytes]) -> list[int]:
         """The rows of the keys that have no slot, in whatever state."""
         return [row for row, key in enumerate(keys) if self._table.get(key) is None]
+
+    def used(self, keys: Sequence[bytes]) -> None:
+        """The engine has computed blocks of a prompt anew though L1 has them (behind a hole): a use as any other."""
+        self._listeners.check_not_called_back()
+        self._use([slot for key in keys if (slot := self._table.get(key)) is not None])
 
     def save(
         self,
@@ -208,14 +233,19 @@ class CacheIndex:
         costs: Sequence[float] | None = None,
     ) -> list[Slot]:
         """Take slots that the caller fills: all, or an empty list. End it by `seal` or `give_up`."""
-        return self._table.allocate(keys, SlotState.WRITING, parents=parents, costs=costs) if keys else []
+        self._listeners.check_not_called_back()
+        if not keys:
+            return []
+        return self._table.allocate(keys, SlotState.WRITING, parents=parents, costs=costs)
 
     def seal(self, slots: Sequence[Slot]) -> Job:
         """The caller has filled reserved slots: have the agents seal them (a SAVE job without blocks)."""
+        self._listeners.check_not_called_back()
         return self._emit(JobKind.SAVE, list(slots))
 
     def give_up(self, slots: Sequence[Slot]) -> None:
         """The caller will not fill reserved slots."""
+        self._listeners.check_not_called_back()
         for slot in slots:
             if slot.state is not SlotState.ZOMBIE:
                 self._table.make_zombie(slot)
@@ -223,6 +253,7 @@ class CacheIndex:
 
     def forget(self, keys: Sequence[bytes]) -> int:
         """Drop keys from L1; how many were there."""
+        self._listeners.check_not_called_back()
         slots = [slot for key in dict.fromkeys(keys) if (slot := self._table.get(key)) is not None]
         for slot in slots:
             self._lookups.on_lost(slot.key, Reason.NOT_THERE)
@@ -231,6 +262,7 @@ class CacheIndex:
 
     def reset(self) -> None:
         """Lose everything: the weights have changed. Jobs under way end without effect."""
+        self._listeners.check_not_called_back()
         self._lookups.clear()
         self._table.clear()
 
@@ -238,6 +270,7 @@ class CacheIndex:
 
     def on_probe(self, answer: ProbeAnswer) -> None:
         """L2 has answered."""
+        self._listeners.check_not_called_back()
         if answer.seconds is not None:
             self.metrics.observe("lookup", answer.seconds)
         self._lookups.on_probe(answer)
@@ -247,6 +280,7 @@ class CacheIndex:
 
         Reports of unknown jobs, and those after a rank's terminal one, are ignored.
         """
+        self._listeners.check_not_called_back()
         state = self._jobs.get(report.number)
         if state is None or state.terminal[report.rank]:
             return False
@@ -262,6 +296,7 @@ class CacheIndex:
 
     def on_pool(self, report: PoolReport) -> None:
         """A rank's pool has grown, or will not grow any more: a slot is used once it is there on every rank."""
+        self._listeners.check_not_called_back()
         if not self.options.growing:
             return
         known = self._pools[report.rank]
@@ -353,7 +388,7 @@ class CacheIndex:
                 self.metrics.add("l2_put_blocks", n_ok)
                 self.metrics.add("l2_put_failed_blocks", len(ok) - n_ok)
                 for slot, stored in zip(state.slots, ok, strict=True):
-                    slot.offloaded = bool(stored)
+                    self._offloads.ended(slot, stored=bool(stored))
             case JobKind.LOAD:
                 self._served(int(ok[: state.n_from_l1].sum()), int(ok[state.n_from_l1 :].sum()))
                 self.metrics.miss(Reason.LOAD_FAILED, len(ok) - n_ok)
@@ -369,7 +404,7 @@ class CacheIndex:
     def _commit(self, slots: list[Slot], ok: Bitmap) -> None:
         """What every rank has is READY, and offloaded from the very same slots where the policy picks it."""
         stored: list[Slot] = []
-        for slot, whole in zip(slots, ok, strict=True):
+        for slot, whole in zip(reversed(slots), ok[::-1], strict=True):  # the tail of a prompt is its coldest part
             if slot.state is not SlotState.WRITING:
                 continue  # dropped or reset meanwhile
             if whole:
@@ -379,22 +414,24 @@ class CacheIndex:
                 self._table.make_zombie(slot)
         self.metrics.add("saved_blocks", len(stored))
         self.metrics.add("save_failed_blocks", len(slots) - len(stored))
-        self._put(stored, Event.STORED)
+        self._offer(stored[::-1], Event.STORED)
 
-    def _touch(self, slots: Sequence[Slot]) -> None:
-        ready = [slot for slot in slots if slot.state is SlotState.READY]
-        self._put([slot for slot in ready if self._table.policy.touch(slot.key)], Event.HOT)
+    def _use(self, slots: Sequence[Slot]) -> None:
+        """Note a use of a prompt's blocks, the tail first: of what is equally recent it goes first."""
+        self._offer(self._table.touch(reversed(slots))[::-1], Event.HOT)
 
-    def _put(self, slots: Sequence[Slot], event: Event) -> None:
-        """Offload what the policy picks, and nothing twice; the slots are held until that is terminal."""
-        if not slots or not self.options.has_l2:
-            return
-        chosen = set(self._offload.select([slot.key for slot in slots], event))
-        todo = [slot for slot in slots if slot.key in chosen and not slot.offloaded]
-        for first in range(0, len(todo), PUT_BATCH):
-            batch = todo[first : first + PUT_BATCH]
-            for slot in batch:
-                slot.offloaded = True
+    def _offer(self, slots: Sequence[Slot], event: Event) -> None:
+        if self.options.has_l2:
+            self._offloads.offer(slots, event)
+
+    def _on_evict(self, slots: Sequence[Slot]) -> None:
+        if self.options.has_l2:
+            self._offloads.lost(slots)
+
+    def _put(self, slots: Sequence[Slot]) -> None:
+        """Send slots to L2; they are held until that is terminal."""
+        for first in range(0, len(slots), PUT_BATCH):
+            batch = list(slots[first : first + PUT_BATCH])
             self._table.ref(batch)
             self._emit(JobKind.PUT, batch, timeout=self.options.put_timeout_s)
 

@@ -17,7 +17,15 @@ class Event(Enum):
 
     STORED = "stored"  # it has just been saved
     HOT = "hot"  # a touch has just made it hot, by the eviction policy's own definition
-    EVICTING = "evicting"  # it is about to lose its slot
+    EVICTING = "evicting"  # it is among the next to lose its slot, and still there
+
+
+class Removal(Enum):
+    """Why a block is in L1 no more."""
+
+    EVICTED = "evicted"
+    FORGOTTEN = "forgotten"  # its owner dropped it
+    RESET = "reset"  # all were dropped: the weights have changed
 
 
 class EvictionPolicy(ABC):
@@ -70,6 +78,28 @@ class EvictionPolicy(ABC):
     def __len__(self) -> int: ...
 
 
+class CacheListener:
+    """Is told what becomes of the blocks in L1. Override what is of interest.
+
+    Called where decisions are made, a block at a time: return at once, and do not call the cache. One that
+    raises is counted and logged, and nothing comes of it; one that takes longer than 50 ms over a call is
+    not called again (but nobody can end a call that never returns).
+    """
+
+    def on_insert(self, key: bytes) -> None:
+        """A block can be served from now on."""
+
+    def on_hot(self, key: bytes) -> None:
+        """A use has just made a block hot, by the eviction policy's own definition."""
+
+    def before_evict(self, key: bytes) -> bool:
+        """Whether a block may be evicted. False, or an exception, keeps it; another goes in its place."""
+        return True
+
+    def on_removed(self, key: bytes, cause: Removal) -> None:
+        """A block that was told of by `on_insert` is there no more."""
+
+
 class OffloadPolicy(ABC):
     """Decides which blocks go to L2, and at which event."""
 
@@ -77,4 +107,4 @@ class OffloadPolicy(ABC):
 
     @abstractmethod
     def select(self, keys: Sequence[bytes], event: Event) -> list[bytes]:
-        """Of the keys that an event befell, those to offload now."""
+        """Of the keys that an event befell, those to offload now. L2 has none of them yet."""

@@ -21,12 +21,12 @@ from kvrdma.cache import (
 )
 from kvrdma.cache.index import PUT_BATCH
 from kvrdma.cache.slots import Slot
-from kvrdma.errors import ConfigError
+from kvrdma.errors import ConfigError, ReentryError
 from kvrdma.keys import unpack_keys
 from kvrdma.metrics import Reason
-from kvrdma.policies import Event, OffloadPolicy
+from kvrdma.policies import CacheListener, Event, OffloadPolicy, Removal
 from kvrdma.policies.lru import LruPolicy
-from kvrdma.policies.offload import OffloadAll
+from kvrdma.policies.offload import OffloadAll, OffloadCold, OffloadHot
 
 OK, PENDING, MISSING = BlockStatus.OK, BlockStatus.PENDING, BlockStatus.MISSING
 CHECKSUM, DECLINED, FAILED = BlockStatus.CHECKSUM, BlockStatus.DECLINED, BlockStatus.FAILED
@@ -81,13 +81,14 @@ class World:
         offload: OffloadPolicy | None = None,
         gate: CutGate | None = None,
         waiting_share: float = 1.0,
+        ahead_share: float = 0.05,
     ) -> None:
         self.now = 0.0
         self.index = CacheIndex(
             capacity,
             LruPolicy(max(1, capacity)),
             OffloadNothing() if offload is None else offload,
-            IndexOptions(ranks=ranks, has_l2=l2, waiting_share=waiting_share),
+            IndexOptions(ranks=ranks, has_l2=l2, waiting_share=waiting_share, ahead_share=ahead_share),
             gate=gate,
             clock=lambda: self.now,
         )
@@ -109,6 +110,22 @@ class World:
         assert job is not None
         assert [j.number for j in self.index.take_jobs()] == [job.number]
         return job
+
+    def load_and(self, request: str, kind: JobKind) -> Job:
+        """Load all that was offered; gives the one job of a kind that follows from it."""
+        load = self.index.allocated(request, range(self.index._lookups.n_waiting_slots))
+        assert load is not None
+        (job,) = (job for job in self.index.take_jobs() if job.kind is kind)
+        self.report(load, OK)
+        return job
+
+    def end_puts(self, status: BlockStatus = OK) -> None:
+        """Every put under way ends, and so do those that follow from it."""
+        while self.index.busy(JobKind.PUT):
+            self.index.take_jobs()
+            for state in list(self.index._jobs.values()):
+                if state.job.kind is JobKind.PUT:
+                    self.report_all(state.job, status)
 
     def save(self, names: str) -> None:
         """Blocks that are READY, saved by every rank; nothing else is left of it."""
@@ -405,7 +422,7 @@ def test_ready_blocks_behind_a_hole_survive_the_fetch_that_fills_it() -> None:
     world.save("xy")
     job = world.fetch("r", "abc", present="a")
     assert unpack_keys(job.keys) == chain("a")
-    assert world.state("x") is None
+    assert world.state("y") is None  # of a prompt the tail goes first
     world.report(job, OK)
     assert world.offered("r", "abc") == 3
     world.check_ended("r")
@@ -1006,50 +1023,272 @@ def test_puts_go_in_batches() -> None:
 
 def test_nothing_is_put_twice_while_or_after_it_is_put() -> None:
     world = World(offload=OffloadAll())
-    world.index._offload = OffloadAt(Event.HOT)
+    world.index._offloads.policy = OffloadAt(Event.HOT)
     world.save("a")
     for request in "rs":
         assert world.offered(request, "a") == 1
     load = world.index.allocated("r", [0])
     (put,) = (job for job in world.index.take_jobs() if job.kind is JobKind.PUT)
-    world.index._offload = EVERY_TIME
+    world.index._offloads.policy = EVERY_TIME
     other = world.index.allocated("s", [0])
     assert [job.kind for job in world.index.take_jobs()] == [JobKind.LOAD]
     for job in (put, load, other):
         world.report(job, OK)
     world.index._table._make_room(8)  # evict it: an event at which all is offloaded, but this is already
     assert world.index.take_jobs() == []
+    assert world.count("offload_dropped_blocks") == 0
     world.check_ended("r", "s")
 
 
 def test_a_put_that_failed_is_tried_again_at_the_next_event() -> None:
-    world = World(offload=OffloadAt(Event.EVICTING))
-    world.index._offload = EVERY_TIME
+    world = World(offload=EVERY_TIME)
     save = world.begin_save("a")
     world.report(save, OK)
-    put = world.index.take_jobs()[-1]
-    world.report(put, FAILED)
-    world.index._table._make_room(8)
-    (again,) = world.index.take_jobs()
-    assert again.kind is JobKind.PUT
-    world.report(again, OK)
-    world.check_ended()
+    world.report(world.index.take_jobs()[-1], FAILED)
+    assert world.offered("r", "a") == 1
+    world.report(world.load_and("r", JobKind.PUT), OK)
+    world.check_ended("r")
 
 
-def test_a_victim_whose_offload_has_begun_keeps_its_slot_until_that_is_terminal() -> None:
-    world = World(2, offload=OffloadAt(Event.EVICTING))
+def test_hot_blocks_are_put_when_they_become_hot_and_not_before() -> None:
+    world = World(offload=OffloadHot())
     world.save("ab")
-    job = world.index.save(chain("x"), [0], parents=[None])
-    assert job is None  # a save never waits for an eviction's offload
-    (put,) = world.index.take_jobs()
+    assert world.offered("r", "a") == 1
+    put = world.load_and("r", JobKind.PUT)
     assert unpack_keys(put.keys) == chain("a")
-    assert world.state("a") is None
-    assert world.index.stats()["zombies"] == 1
     world.report(put, OK)
-    world.index._offload = OffloadNothing()
-    world.save("x")
-    assert world.state("b") is SlotState.READY
+    assert world.offered("s", "ab") == 2
+    world.report(world.load_and("s", JobKind.PUT), OK)
+    assert world.count("offload_hot_blocks") == 2
+    world.check_ended("r", "s")
+
+
+def test_blocks_computed_again_behind_a_hole_are_used() -> None:
+    world = World(offload=OffloadHot())
+    world.save("abc")
+    world.index.used(chain("bx"))
+    (put,) = world.index.take_jobs()
+    assert unpack_keys(put.keys) == chain("b")
+    world.report(put, OK)
     world.check_ended()
+
+
+def cold_world(capacity: int = 8, n_ahead: int = 4) -> World:
+    return World(capacity, offload=OffloadCold(), ahead_share=n_ahead / capacity)
+
+
+def test_cold_blocks_are_put_ahead_of_need_and_serve_meanwhile() -> None:
+    world = cold_world()
+    for name in "abcdef":  # two are free
+        world.save(name)
+    assert world.index.take_jobs() == []
+    world.report(world.begin_save("g"), OK)  # one is: too few
+    put = world.index.take_jobs()[-1]
+    assert (put.kind, unpack_keys(put.keys)) == (JobKind.PUT, chain("abcd"))
+    assert world.offered("r", "ab") == 2
+    world.report(put, OK)
+    world.index.finished("r")
+    assert world.count("offload_evicting_blocks") == 4
+    world.save("hxy")  # of which two take the places of what L2 has
+    assert world.state("c") is SlotState.READY
+    assert world.state("d") is SlotState.READY
+    assert (world.state("a"), world.state("b")) == (None, None)
+    assert world.count("offload_dropped_blocks") == 0
+    world.end_puts()
+    world.check_ended()
+
+
+def test_nobody_waits_for_cold_blocks_they_are_dropped_and_counted() -> None:
+    world = cold_world()
+    for name in "abcdefgh":
+        world.report(world.begin_save(name), OK)
+    jobs = world.index.take_jobs()
+    puts = [job for job in jobs if job.kind is JobKind.PUT]
+    assert [unpack_keys(put.keys) for put in puts] == [chain("abcd")]
+    save = world.begin_save("wxyz")  # all that is not on its way out; and no more is sent on its way
+    assert len(save) == 4
+    assert [job.kind for job in world.index.take_jobs()] == [JobKind.SAVE]
+    assert world.count("offload_dropped_blocks") == 4
+    assert [world.state(name) for name in "abcdefgh"] == [SlotState.READY] * 4 + [None] * 4
+    world.report(save, OK)
+    for put in puts:
+        world.report(put, FAILED)
+    world.end_puts()
+    world.check_ended()
+
+
+def test_cold_blocks_that_l2_does_not_take_are_not_offered_again_and_again() -> None:
+    world = cold_world()
+    world.save("abcdefgh")
+    world.end_puts(FAILED)
+    assert world.index.take_jobs() == []
+    world.save("i")
+    assert world.count("offload_evicting_blocks") > 4
+    world.end_puts()
+    world.check_ended()
+
+
+def test_all_and_hot_drop_nothing_when_blocks_are_evicted() -> None:
+    for offload in (OffloadAll(), OffloadHot()):
+        world = World(2, offload=offload)
+        for name in "abcd":
+            world.report(world.begin_save(name), OK)
+            world.end_puts()
+        assert world.count("l1_evicted_blocks") == 2
+        assert world.count("offload_dropped_blocks") == 0
+        world.check_ended()
+
+
+def test_an_offload_policy_that_raises_offloads_nothing() -> None:
+    class Raises(OffloadPolicy):
+        name = "raises"
+
+        def select(self, keys: Sequence[bytes], event: Event) -> list[bytes]:
+            raise RuntimeError("of the user's making")
+
+    world = World(2, offload=Raises())
+    for name in "abc":
+        world.save(name)
+    assert world.count("offload_policy_errors") > 0
+    assert world.state("c") is SlotState.READY
+    world.check_ended()
+
+
+def test_an_offload_policy_cannot_name_what_it_was_not_asked_about() -> None:
+    class MakesUp(OffloadPolicy):
+        name = "makes up"
+
+        def select(self, keys: Sequence[bytes], event: Event) -> list[bytes]:
+            return [key("z"), *keys, *keys]
+
+    world = World(offload=MakesUp())
+    world.report(world.begin_save("ab"), OK)
+    world.index.take_jobs()
+    assert world.count("offload_stored_blocks") == 2
+
+
+# -- listeners
+
+
+class Listener(CacheListener):
+    """Writes down what it is told, and keeps what it was told to keep."""
+
+    def __init__(self, keep: str = "") -> None:
+        self.keep = set(chain(keep))
+        self.told: list[tuple[str, bytes]] = []
+        self.asked: list[bytes] = []
+
+    def on_insert(self, key: bytes) -> None:
+        self.told.append(("insert", key))
+
+    def on_hot(self, key: bytes) -> None:
+        self.told.append(("hot", key))
+
+    def before_evict(self, key: bytes) -> bool:
+        self.asked.append(key)
+        return key not in self.keep
+
+    def on_removed(self, key: bytes, cause: Removal) -> None:
+        self.told.append((cause.value, key))
+
+
+def test_a_listener_is_told_of_everything() -> None:
+    world, listener = World(2), Listener()
+    world.index.listen(listener)
+    world.save("a")
+    world.save("b")
+    assert world.offered("r", "b") == 1
+    world.report(world.load("r", 1), OK)
+    world.save("c")
+    world.index.forget(chain("b"))
+    world.index.reset()
+    events = ("insert", "a"), ("insert", "b"), ("hot", "b"), ("evicted", "a"), ("insert", "c")
+    events += ("forgotten", "b"), ("reset", "c")
+    assert listener.told == [(event, key(name)) for event, name in events]
+
+
+def test_a_veto_keeps_a_block_and_another_goes() -> None:
+    world, listener = World(3), Listener(keep="a")
+    world.index.listen(listener)
+    for name in "abc":
+        world.save(name)
+    world.save("x")
+    assert world.state("a") is SlotState.READY
+    assert world.state("b") is None
+    assert listener.asked == chain("ab")
+    assert world.count("eviction_vetoes") == 1
+    world.check_ended()
+
+
+def test_where_everything_is_vetoed_nothing_is_evicted_and_not_everything_asked_about() -> None:
+    names = "abcdefghijklmnop"
+    world, listener = World(16), Listener(keep=names)
+    world.index.listen(listener)
+    for name in names:
+        world.save(name)
+    assert world.index.save(chain("x"), [0], parents=[None]) is None
+    assert all(world.state(name) is SlotState.READY for name in names)
+    assert len(listener.asked) < 8
+    assert world.count("l1_evicted_blocks") == 0
+    assert world.count("save_skipped_no_room") == 1
+    listener.keep = set()
+    world.save("x")
+    world.check_ended()
+
+
+@pytest.mark.parametrize("where", ["on_insert", "on_hot", "before_evict", "on_removed"])
+def test_a_listener_that_raises_or_calls_back_does_no_harm(where: str) -> None:
+    world = World(2)
+    caught: list[Exception] = []
+
+    def calls_back(*arguments: object) -> None:
+        for call in (
+            lambda: world.index.forget(chain("a")),
+            lambda: world.index.lookup("r", chain("a"), 0),
+            lambda: world.index.save(chain("z"), [0], parents=[None]),
+            world.index.reset,
+            world.index.take_jobs,
+        ):
+            try:
+                call()
+            except ReentryError as error:
+                caught.append(error)
+        raise RuntimeError("of the user's making")
+
+    listener = CacheListener()
+    setattr(listener, where, calls_back)
+    world.index.listen(listener)
+    world.save("a")
+    world.save("b")
+    assert world.offered("r", "a") == 1
+    world.report(world.load("r", 1), OK)
+    evicts = world.index.save(chain("x"), [0], parents=[None]) is not None
+    assert evicts == (where != "before_evict")  # who raises there has vetoed, and both are where they were
+    assert world.state("b") is (None if evicts else SlotState.READY)
+    assert world.state("a") is SlotState.READY
+    assert len(caught) == 5 * world.count("listener_errors") > 0
+
+
+def test_a_listener_that_blocks_does_so_once() -> None:
+    world = World(4)
+
+    class Blocks(CacheListener):
+        calls = 0
+
+        def on_insert(self, key: bytes) -> None:
+            self.calls += 1
+            world.now += 1.0
+
+    slow, quick = Blocks(), Listener()
+    world.index.listen(slow)
+    world.index.listen(quick)
+    world.save("ab")
+    assert slow.calls == 1
+    assert len(quick.told) == 2
+    assert world.count("listeners_dropped") == 1
+
+
+# -- without L2
 
 
 def test_without_l2_nothing_is_put() -> None:

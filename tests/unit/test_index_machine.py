@@ -33,9 +33,9 @@ from kvrdma.cache import (
     SlotState,
 )
 from kvrdma.cache.requests import Phase
+from kvrdma.cache.slots import SlotTable
 from kvrdma.keys import unpack_keys
-from kvrdma.policies import Event, OffloadPolicy
-from kvrdma.policies.lru import LruPolicy
+from kvrdma.policies import CacheListener, Event, OffloadPolicy, Removal, open_policy
 
 pytestmark = pytest.mark.timeout(1800)  # with --thorough
 
@@ -51,6 +51,10 @@ def keys_of(prompt: str) -> list[bytes]:
     return [prompt[: n + 1].encode().ljust(16, b".") for n in range(len(prompt))]
 
 
+def ready_keys(table: SlotTable) -> set[bytes]:
+    return {key for key, slot in table._slots.items() if slot.state is SlotState.READY}
+
+
 class OffloadSome(OffloadPolicy):
     """Offloads at the events that it was told."""
 
@@ -59,6 +63,36 @@ class OffloadSome(OffloadPolicy):
 
     def select(self, keys: Sequence[bytes], event: Event) -> list[bytes]:
         return list(keys) if event in self.events else []
+
+
+class Book(CacheListener):
+    """Keeps a list of what is in L1, and vetoes, raises or calls back where it was told to."""
+
+    def __init__(self, machine: IndexMachine, keep: set[str], how: str) -> None:
+        self.machine = machine
+        self.kept = {key for prompt in keep for key in keys_of(prompt)}
+        self.how = how
+        self.inside: set[bytes] = set()
+        self.evicted: list[bytes] = []
+
+    def on_insert(self, key: bytes) -> None:
+        assert key not in self.inside
+        self.inside.add(key)
+
+    def before_evict(self, key: bytes) -> bool:
+        assert key in self.inside
+        if key not in self.kept:
+            return True
+        if self.how == "calls back":
+            self.machine.index.reset()
+        if self.how == "raises":
+            raise RuntimeError("a veto as good as any")
+        return False
+
+    def on_removed(self, key: bytes, cause: Removal) -> None:
+        self.inside.remove(key)
+        if cause is Removal.EVICTED:
+            self.evicted.append(key)
 
 
 class CutGate:
@@ -95,9 +129,24 @@ class IndexMachine(RuleBasedStateMachine):
         cut=st.sampled_from([1, 100, 100]),
         batch=st.sampled_from([1, 3, 64]),
         growing=st.booleans(),
+        policy=st.sampled_from(["lru", "fifo", "s3fifo", "s3fifo?small_ratio=0.5&threshold=1"]),
+        ahead=st.sampled_from([0.1, 0.3, 1.0]),
+        keep=st.none() | st.sets(prompts, max_size=2),
+        how=st.sampled_from(["vetoes", "raises", "calls back"]),
     )
     def start(
-        self, ranks: int, capacity: int, share: float, events: set[Event], cut: int, batch: int, growing: bool
+        self,
+        ranks: int,
+        capacity: int,
+        share: float,
+        events: set[Event],
+        cut: int,
+        batch: int,
+        growing: bool,
+        policy: str,
+        ahead: float,
+        keep: set[str] | None,
+        how: str,
     ) -> None:
         self.patches = ExitStack()
         for name in ("FETCH_BATCH", "PUT_BATCH"):
@@ -109,12 +158,17 @@ class IndexMachine(RuleBasedStateMachine):
         self.n_slots = [0 if growing else capacity] * ranks  # that each rank has said it has
         self.index = CacheIndex(
             capacity,
-            LruPolicy(capacity),
+            open_policy(policy)(capacity),
             OffloadSome(events),
-            IndexOptions(ranks=ranks, has_l2=True, waiting_share=share, growing=growing),
+            IndexOptions(ranks=ranks, has_l2=True, waiting_share=share, growing=growing, ahead_share=ahead),
             gate=CutGate(cut),
             clock=lambda: self.now,
         )
+        self.n_ahead = max(1, int(ahead * capacity))
+        self.events = events
+        self.book = None if keep is None else Book(self, keep, how)
+        if self.book is not None:
+            self.index.listen(self.book)
         self.offered = dict.fromkeys(REQUESTS, 0)
         self.prompts: dict[str, str] = {}  # of the requests that live
         self.asked: dict[str, tuple[int, int]] = {}  # lookups that have not ended: first, number of keys
@@ -207,8 +261,19 @@ class IndexMachine(RuleBasedStateMachine):
     @rule(prompt=prompts)
     def reserve(self, prompt: str) -> None:
         keys, parents = self._missing(prompt)
+        table = self.index._table
+        room, evicted, before = table.n_available, table.n_evicted, ready_keys(table)
+        dropped = self.index.metrics.counts["offload_dropped_blocks"]
+        clean = {key for key in before if table._slots[key].offloaded}
         slots = self.index.reserve(keys, parents=parents)
         assert len(slots) in {0, len(keys)}
+        vetoes = self.book is not None and self.book.kept
+        assert vetoes or (len(slots) == len(keys)) == (len(keys) <= room)  # nobody waits for an offload
+        gone = before - ready_keys(table)
+        assert len(gone) == table.n_evicted - evicted
+        lost = len(gone - clean) if Event.EVICTING in self.events else 0
+        assert self.index.metrics.counts["offload_dropped_blocks"] - dropped == lost
+        assert not vetoes or gone.isdisjoint(self.book.kept)
         if slots:
             self.reserved.append(slots)
             self._write(slots, None)
@@ -344,6 +409,10 @@ class IndexMachine(RuleBasedStateMachine):
         unsent = [progress for progress in self.jobs.values() if not progress.sent]
         assert self.index.has_output == bool(unsent)
         jobs = self.index.take_jobs()
+        self.every_job_has_its_slots_to_itself()
+        ahead = [progress for progress in self.jobs.values() if not progress.sent and progress not in unsent]
+        assert all(progress.job.kind is JobKind.PUT for progress in ahead)
+        unsent += ahead
         assert jobs == [progress.job for progress in unsent]
         for progress in unsent:
             assert len(progress.job.blocks) in {0, len(progress.job)}
@@ -426,6 +495,21 @@ class IndexMachine(RuleBasedStateMachine):
         assert len(self.index._jobs) == len(self.jobs)
         gone = {slot for slot in asking if slot.state is SlotState.ZOMBIE}
         assert gone & self.was_ready <= self.dropped  # what is held is never evicted
+
+    @invariant()
+    def what_goes_out_before_its_turn_is_bounded(self) -> None:
+        going = {slot for state in self.index._jobs.values() for slot in state.slots if slot.going}
+        assert len(going) == self.index._offloads._n_going <= self.n_ahead
+        assert all(slot.offloaded and slot.refs for slot in going)
+
+    @invariant()
+    def the_listener_knows_what_is_there(self) -> None:
+        if self.book is not None:
+            assert self.book.inside == ready_keys(self.index._table)
+            assert len(self.book.evicted) == self.index._table.n_evicted
+            assert self.index.metrics.counts["l1_evicted_blocks"] == self.index._table.n_evicted
+            errors = self.index.metrics.counts["listener_errors"]
+            assert errors == (0 if self.book.how == "vetoes" else self.index.metrics.counts["eviction_vetoes"])
 
     def teardown(self) -> None:
         """Everything ends: what is held is let go, and ranks that are silent are lost."""

@@ -130,8 +130,6 @@ def test_a_name_like_no_other_lists_them_all() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("offload", "hot"),
-        ("offload", "auto"),
         ("gate", "on"),
         ("coordination", "group"),
         ("budget_dir", "/dev/shm"),
@@ -153,7 +151,6 @@ def test_what_is_not_built_yet_is_refused_by_name(name: str, value: str) -> None
         ("waiting_share", 2),
         ("l2", 5),
         ("fingerprint", "none"),
-        ("offload", "al"),
         ("offload", []),
     ],
 )

@@ -354,6 +354,8 @@ class SchedulerHalf:
             return
         keys = state.chain.keys
         rows = [state.saved + i for i in self._index.missing(keys[state.saved : full])]
+        computed = range(max(state.saved, state.first + state.n_loaded), full)
+        self._index.used([keys[row] for row in sorted(set(computed).difference(rows))])
         room = max(0, self._save_limit - self._n_held)
         if len(rows) > room:  # the rest is tried again in the next step, while the request lives
             self._index.metrics.add("save_deferred_blocks", len(rows) - room)

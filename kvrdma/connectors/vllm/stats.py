@@ -34,6 +34,16 @@ _COUNTERS: Final = {
         "cause",
         {"no_room": "save_skipped_no_room", "device_blocks": "save_deferred_blocks"},
     ),
+    "kvrdma:offloaded_blocks": (
+        "Blocks that were to go to L2, by the event at which the offload mode picked them.",
+        "event",
+        {"stored": "offload_stored_blocks", "hot": "offload_hot_blocks", "evicting": "offload_evicting_blocks"},
+    ),
+    "kvrdma:offload_dropped_blocks": (
+        "Blocks evicted before L2 could take them, of those that the offload mode picks.",
+        "",
+        {"": "offload_dropped_blocks"},
+    ),
     "kvrdma:evicted_blocks": ("Blocks evicted.", "tier", {"l1": "l1_evicted_blocks"}),
     "kvrdma:l1_growth_failures": ("Ranks whose pool stayed smaller than planned.", "", {"": "l1_growth_failures"}),
     "kvrdma:l2_failures": ("Failures after which L2 is left alone for a while.", "", {"": "l2_failures"}),
