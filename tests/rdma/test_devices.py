@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvrdma.transports.verbs.binding import load_pyverbs
+from kvrdma.transports.verbs.pyverbs_binding import load_pyverbs
 
 
 def test_pyverbs_opens_two_devices() -> None:
