@@ -15,12 +15,17 @@ from typing import Any
 from kvrdma.bench.plain import serve_plain
 from kvrdma.memory import MemfdSlabs
 from kvrdma.transports import Rights, Transport, transports
+from kvrdma.transports.ucx.settings import lanes_here
 
 
 def open_transport(scheme: str, streams: int) -> Transport:
-    """Make a transport; `streams` matters to tcp alone."""
+    """Make a transport; `streams` matters to tcp alone. Without RDMA ucx runs over its emulation within the host."""
     cls = transports.get(scheme)
-    options: dict[str, Any] = {"streams": streams} if scheme == "tcp" else {}
+    options: dict[str, Any] = {}
+    if scheme == "tcp":
+        options["streams"] = streams
+    elif scheme == "ucx":
+        options["lanes"] = lanes_here()
     return cls(**options)
 
 

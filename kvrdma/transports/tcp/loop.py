@@ -53,6 +53,7 @@ class IoLoop:
         self._timers: list[tuple[float, int, Timer]] = []
         self._n_cancelled = 0  # of the timers
         self._order = itertools.count()
+        self._poll: Callable[[], bool] | None = None
         self._closing = False
         self._ended = False
         self._guard = threading.Lock()
@@ -110,6 +111,10 @@ class IoLoop:
             self._epoll.register(fd, events)
         self._handlers[fd] = handler
 
+    def poll_with(self, poll: Callable[[], bool]) -> None:
+        """Call `poll` before every wait; while it says True there is more to do, and the loop does not wait."""
+        self._poll = poll
+
     def forget(self, fd: int) -> None:
         """Watch a descriptor no longer; before it is closed."""
         if self._handlers.pop(fd, None) is not None and not self._epoll.closed:
@@ -142,6 +147,8 @@ class IoLoop:
             wait = -1.0
             if self._timers:
                 wait = max(0.0, self._timers[0][0] - time.monotonic())
+            if self._poll is not None and self._poll():
+                wait = 0.0
             for fd, events in self._epoll.poll(wait):
                 if fd == self._wake_fd:
                     os.eventfd_read(fd)
