@@ -142,8 +142,8 @@ def test_what_the_order_does_not_name_is_never_used(name: str, third_party: None
 
 def test_every_refusal_has_a_reason(third_party: None) -> None:
     with pytest.raises(TransportError) as caught:
-        negotiate([("verbs", "h"), ("other", "far"), ("broken", "near"), ("inproc", "nobody")])
-    for text in ("verbs: not known here", "other: far cannot be reached", "broken: no such device", "inproc: nobody"):
+        negotiate([("pigeon", "h"), ("other", "far"), ("broken", "near"), ("inproc", "nobody")])
+    for text in ("pigeon: not known here", "other: far cannot be reached", "broken: no such device", "inproc: nobody"):
         assert text in str(caught.value)
     with pytest.raises(TransportError, match="no offers"):
         negotiate([])
