@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kvrdma.errors import CapacityError
+from kvrdma.memory.procfs import ROOT, read_text
 
-_ROOT = Path("/")
 
-
-def available_memory_nbytes(root: Path = _ROOT) -> int:
+def available_memory_nbytes(root: Path = ROOT) -> int:
     """Bytes that can be had without swapping: the least of the host's and of every control group's.
 
     `root` is where /proc and /sys lie. Raises `CapacityError` where /proc/meminfo does not say.
@@ -18,23 +17,20 @@ def available_memory_nbytes(root: Path = _ROOT) -> int:
     return min([_host_nbytes(root), *cgroup_rooms(root)])
 
 
-def huge_pages(root: Path = _ROOT) -> tuple[int, int]:
+def huge_pages(root: Path = ROOT) -> tuple[int, int]:
     """How many huge pages are free (and not promised to anybody), and their size in bytes."""
     meminfo = _meminfo(root)
     free = meminfo.get("HugePages_Free", 0) - meminfo.get("HugePages_Rsvd", 0)
     return max(0, free), 1024 * meminfo.get("Hugepagesize", 0)
 
 
-def shared_huge_pages(root: Path = _ROOT) -> str:
+def shared_huge_pages(root: Path = ROOT) -> str:
     """The kernel's mode of transparent huge pages for shared memory: never, advise, always, or unknown."""
-    try:
-        text = (root / "sys/kernel/mm/transparent_hugepage/shmem_enabled").read_text()
-    except OSError:
-        return "unknown"
+    text = read_text(root / "sys/kernel/mm/transparent_hugepage/shmem_enabled")
     return next((word[1:-1] for word in text.split() if word.startswith("[")), "unknown")
 
 
-def cgroup_rooms(root: Path = _ROOT) -> list[int]:
+def cgroup_rooms(root: Path = ROOT) -> list[int]:
     """What each control group that has a limit leaves: of version 2 and of version 1, up the hierarchy.
 
     Of what a group uses, the files it has read count as free: the kernel drops them first. A pool's own pages
@@ -63,10 +59,10 @@ def _memory_cgroups(root: Path) -> Iterator[Path]:
     the host has it: what is not there is looked for at the next group up, and the mount itself always counts.
     """
     paths = {}
-    for line in _lines(root / "proc/self/cgroup"):
+    for line in read_text(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         paths["cgroup" if "memory" in controllers.split(",") else controllers or "cgroup2"] = path
-    for line in _lines(root / "proc/self/mountinfo"):
+    for line in read_text(root / "proc/self/mountinfo").splitlines():
         before, _, after = line.partition(" - ")
         kind, options = after.split(" ")[0], after.split(" ")[-1].split(",")
         if kind not in paths or (kind == "cgroup" and "memory" not in options):
@@ -98,7 +94,7 @@ def _meminfo(root: Path) -> dict[str, int]:
 def _table(path: Path) -> dict[str, int]:
     """Lines of a name and a number."""
     found = {}
-    for line in _lines(path):
+    for line in read_text(path).splitlines():
         words = line.split()
         if len(words) >= 2 and words[1].isdigit():
             found[words[0]] = int(words[1])
@@ -107,14 +103,5 @@ def _table(path: Path) -> dict[str, int]:
 
 def _number(path: Path) -> int | None:
     """The number in a file; None for `max`, and where there is no such file."""
-    text = "".join(_lines(path)).strip()
+    text = read_text(path).strip()
     return int(text) if text.isdigit() else None
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text().splitlines()
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
-        return []
-    except OSError as error:  # out of descriptors, say: that a limit cannot be read does not mean that there is none
-        raise CapacityError(f"{path}: cannot be read: {error.strerror or error}") from error

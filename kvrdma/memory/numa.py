@@ -9,20 +9,18 @@ import platform
 from pathlib import Path
 from typing import Any, Final
 
+from kvrdma.memory.procfs import ROOT, read_text
+
 logger = logging.getLogger(__name__)
 
-_ROOT = Path("/")
 _MBIND: Final = {"x86_64": 237, "aarch64": 235}
 _MPOL_PREFERRED: Final = 1  # rather than bind: a full node must not end anybody
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def nodes_with_memory(root: Path = _ROOT) -> list[int]:
+def nodes_with_memory(root: Path = ROOT) -> list[int]:
     """The host's nodes that have memory; empty where the kernel does not say."""
-    try:
-        return parse_list((root / "sys/devices/system/node/has_memory").read_text())
-    except (OSError, ValueError):
-        return []
+    return parse_list(read_text(root / "sys/devices/system/node/has_memory"))
 
 
 def parse_list(text: str) -> list[int]:
@@ -34,16 +32,13 @@ def parse_list(text: str) -> list[int]:
     return numbers
 
 
-def node_of_pci(address: str, root: Path = _ROOT) -> int | None:
+def node_of_pci(address: str, root: Path = ROOT) -> int | None:
     """The node of a PCI device, by its address, such as 0000:3b:00.0; None where it is not known."""
-    try:
-        node = int((root / "sys/bus/pci/devices" / address.lower() / "numa_node").read_text())
-    except (OSError, ValueError):
-        return None
-    return node if node >= 0 else None
+    text = read_text(root / "sys/bus/pci/devices" / address.lower() / "numa_node").strip()
+    return int(text) if text.isdigit() else None  # -1 on a host that does not say
 
 
-def node_of_device(device: str, root: Path = _ROOT) -> int | None:
+def node_of_device(device: str, root: Path = ROOT) -> int | None:
     """The node of a device, by torch's name for it (`cuda:1`); None for CPUs, and where it is not known."""
     if not device.startswith("cuda"):
         return None
