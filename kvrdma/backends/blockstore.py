@@ -79,7 +79,8 @@ class Slab:
     array: NDArray[np.uint8]
     size_class: SizeClass
     free: list[int]
-    entries: dict[int, Entry] = field(default_factory=dict)  # those that are there, by slot
+    entries: list[Entry | None]  # those that are there, by slot
+    n_entries: int = 0
     n_held: int = 0  # slots that are reserved or pinned
     used: int = 0  # sum over `entries`
 
@@ -136,7 +137,6 @@ class BlockStore:
         self._classes: dict[int, SizeClass] = {}
         self._entries: dict[bytes, Entry] = {}
         self._reserved: dict[bytes, Entry] = {}
-        self._by_generation: dict[int, Entry] = {}
         self._last_generation = 0
         self._clock = 0
         self._nbytes = 0
@@ -219,11 +219,11 @@ class BlockStore:
         slab = entry.slab
         slab.n_held -= 1
         slab.entries[entry.slot] = entry
+        slab.n_entries += 1
         slab.used += entry.used
         slab.size_class.policy.insert(entry.name)
         self._evicted.pop(hash(entry.name), None)
         self._entries[entry.name] = entry
-        self._by_generation[entry.generation] = entry
         self._nbytes += entry.nbytes
         self._blocks_in[entry.keyspace] += 1
         self._blocks_of[entry.name[self._key_nbytes :]] += 1
@@ -267,10 +267,9 @@ class BlockStore:
                 else:
                     entry.slab.size_class.pinned.discard(entry.name)
 
-    def drop_wrong(self, generation: int) -> None:
+    def drop_wrong(self, entry: Entry) -> None:
         """Drop a block that a reader found wrong, if it is still the one that was read."""
-        entry = self._by_generation.get(generation)
-        if entry is not None:
+        if self._entries.get(entry.name) is entry:
             self.counts["dropped_wrong"] += 1
             self._remove(entry)
 
@@ -359,8 +358,8 @@ class BlockStore:
         slab, shard = entry.slab, entry.name[self._key_nbytes :]
         entry.gone = True
         del self._entries[entry.name]
-        del self._by_generation[entry.generation]
-        del slab.entries[entry.slot]
+        slab.entries[entry.slot] = None
+        slab.n_entries -= 1
         slab.used -= entry.used
         self._nbytes -= entry.nbytes
         self._blocks_in[entry.keyspace] -= 1
@@ -406,8 +405,9 @@ class BlockStore:
             coldest = min(self._slabs_of_others(size_class), key=_mean_use, default=None)
             if coldest is not None and self._may_take(size_class, coldest, victims):
                 self.counts["moved_slabs"] += 1
-                for entry in list(coldest.entries.values()):
-                    self._evict(entry)
+                for entry in coldest.entries:
+                    if entry is not None:
+                        self._evict(entry)
             elif victims:
                 for name in victims:
                     self._evict(self._entries[name])
@@ -432,10 +432,11 @@ class BlockStore:
     def _take_slab(self, size_class: SizeClass) -> None:
         """Take a slab from the reserve."""
         memory = self.reserve_of_slabs.allocate(self.reserve_of_slabs.slab_nbytes)
-        slab = Slab(memory, memory.array(), size_class, list(reversed(range(size_class.slots_per_slab))))
+        n = size_class.slots_per_slab
+        slab = Slab(memory, memory.array(), size_class, list(reversed(range(n))), [None] * n)
         self._classes[size_class.nbytes] = size_class  # again, where its own evictions have emptied it
         size_class.slabs[slab] = size_class.open[slab] = None
-        size_class.n_free += size_class.slots_per_slab
+        size_class.n_free += n
 
     @property
     def _n_free_slabs(self) -> int:
@@ -448,7 +449,7 @@ class BlockStore:
 
 def _mean_use(slab: Slab) -> float:
     """When its blocks were last used, on average, by the store's clock."""
-    return slab.used / len(slab.entries)
+    return slab.used / slab.n_entries
 
 
 def check_capacity(capacity_nbytes: int) -> None:

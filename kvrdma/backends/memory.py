@@ -162,7 +162,7 @@ class MemoryBackend(StorageBackend):
             for i in np.flatnonzero(wrong).tolist():
                 entry = entries[i]
                 if entry is not None:
-                    self._store.drop_wrong(entry.generation)
+                    self._store.drop_wrong(entry)
             self._store.unpin(entry for entry in entries if entry is not None)
         transfer.conclude()
 

@@ -246,11 +246,11 @@ class ClientSession:
         (bad,) = protocol.unpack_columns(message.bad, 1, what="release")
         held = self._leases.get(message.lease)
         if held is not None:
-            leased = {entry.generation for entry in held[0]}
-            for generation in bad.tolist():
-                if generation in leased:
-                    logger.warning("a block of generation %d was found wrong by %s", generation, self.name)
-                    self._store.drop_wrong(generation)
+            wrong = set(bad.tolist())
+            for entry in held[0]:
+                if entry.generation in wrong:
+                    logger.warning("a block of generation %d was found wrong by %s", entry.generation, self.name)
+                    self._store.drop_wrong(entry)
         self._end_lease(message.lease)
 
     def _delete(self, message: protocol.DeleteRequest) -> Message:

@@ -184,21 +184,21 @@ def test_a_slot_of_a_block_that_went_while_it_was_read_is_not_used_before_the_la
 def test_a_block_found_wrong_is_dropped_unless_it_is_another_one_by_now() -> None:
     with opened(1) as store:
         (old,) = store_all(store, 1)
-        store.drop_wrong(old.generation)
+        store.drop_wrong(old)
         assert has(store, 1) == [False]
         (new,) = store_all(store, 1)
-        store.drop_wrong(old.generation)
+        store.drop_wrong(old)
         assert has(store, 1) == [True]
         assert store.counts["dropped_wrong"] == 1
         (reserved,) = store.reserve(0, names(2), [SMALL])
         assert reserved is not None
-        store.drop_wrong(reserved.generation)  # nobody can have read it yet
+        store.drop_wrong(reserved)  # nobody can have read it yet
         store.commit(reserved, 0)
         assert has(store, 2) == [True]
         (pinned,) = store.pin(names(1))
         assert pinned is new
-        store.drop_wrong(new.generation)
-        store.drop_wrong(new.generation)  # found by two readers
+        store.drop_wrong(new)
+        store.drop_wrong(new)  # found by two readers
         store.unpin([new])
 
 
@@ -482,7 +482,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.there: dict[bytes, Block] = {}
         self.reserved: dict[bytes, Block] = {}
         self.readers: list[Block] = []
-        self.generations: set[int] = set()
+        self.given: dict[int, Entry] = {}  # by generation
         self.marks = 0
         self.stored = self.dropped = 0
 
@@ -503,8 +503,8 @@ class StoreMachine(RuleBasedStateMachine):
             given.setdefault(size, []).append(entry is not None)
             if entry is not None:
                 assert (entry.name, entry.nbytes) == (block_name, size)
-                assert entry.generation not in self.generations
-                self.generations.add(entry.generation)
+                assert entry.generation not in self.given
+                self.given[entry.generation] = entry
         gone = [block for block_name, block in self.there.items() if not self.store.has(block_name)]
         assert len(gone) == self.store.counts["evicted_blocks"] - evicted
         for block in gone:
@@ -577,16 +577,16 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(pick=picks)
     def drop_wrong(self, pick: int) -> None:
         block = self.readers[pick % len(self.readers)]
-        self.store.drop_wrong(block.entry.generation)
+        self.store.drop_wrong(block.entry)
         self.dropped += block.there
         self._forget(block)
 
-    @precondition(lambda self: self.generations)
+    @precondition(lambda self: self.given)
     @rule(pick=picks)
     def drop_what_may_be_gone(self, pick: int) -> None:
-        generation = sorted(self.generations)[pick % len(self.generations)]
-        self.store.drop_wrong(generation)
-        for block in [b for b in self.there.values() if b.entry.generation == generation]:
+        entry = list(self.given.values())[pick % len(self.given)]
+        self.store.drop_wrong(entry)
+        for block in [b for b in self.there.values() if b.entry is entry]:
             self.dropped += 1
             self._forget(block)
 

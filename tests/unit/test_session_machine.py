@@ -287,7 +287,7 @@ class SessionMachine(RuleBasedStateMachine):
         lease = list(client.leases)[which % len(client.leases)]
         _, entries = client.leases.pop(lease)
         wrong = [entry for entry, is_bad in zip(entries, np.resize(bad, len(entries)), strict=True) if is_bad]
-        known = sorted(self.store._by_generation) or [0]
+        known = sorted(entry.generation for entry in self.store._entries.values()) or [0]
         other = known[another % len(known)]
         generations = np.array([*(entry.generation for entry in wrong), other], dtype=np.int64)
         n_blocks, there = self.store.stats()["blocks"], {entry for entry in wrong if not entry.gone}
@@ -382,8 +382,8 @@ class SessionMachine(RuleBasedStateMachine):
         _, names = client.gets.pop(reply.seq)
         rows, offsets, sizes, generations = protocol.unpack_columns(reply.columns, 4, what="reply")
         there = [name for name, is_there in zip(names, reply.present, strict=True) if is_there]
-        entries = [self.store._by_generation[generation] for generation in generations.tolist()]
-        assert [entry.name for entry in entries] == there
+        entries = [self.store._entries[name] for name in there]
+        assert [entry.generation for entry in entries] == generations.tolist()
         for i, entry in enumerate(entries):
             memory = self.memories[reply.regions[rows[i]][2][0]]
             came = memory.array()[offsets[i] : offsets[i] + sizes[i]]
