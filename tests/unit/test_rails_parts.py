@@ -536,7 +536,11 @@ def test_addresses_that_are_none(address: str) -> None:
 NAMES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="|="), min_size=1, max_size=8)
 
 
-@given(st.dictionaries(NAMES, st.text(st.characters(exclude_categories=["Cs"], exclude_characters="|")), min_size=1, max_size=5))
+@given(
+    st.dictionaries(
+        NAMES, st.text(st.characters(exclude_categories=["Cs"], exclude_characters="|")), min_size=1, max_size=5
+    )
+)
 def test_addresses_come_back(addresses: dict[str, str]) -> None:
     assert decode_address(encode_address(addresses)) == addresses
 
