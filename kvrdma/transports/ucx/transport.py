@@ -56,6 +56,7 @@ class UcxTransport(Transport):
     """
 
     scheme: ClassVar[str] = "ucx"
+    by_name_only: ClassVar[bool] = True  # until the faults of links and peers are tests in the guest
     enforces_rights: ClassVar[bool] = False
 
     def __init__(self, *, lanes: Lanes = Lanes.RDMA, device: str = "") -> None:

@@ -41,6 +41,7 @@ class VerbsTransport(Transport):
     """
 
     scheme: ClassVar[str] = "verbs"
+    by_name_only: ClassVar[bool] = True  # until the faults of links and peers are tests in the guest
     enforces_rights: ClassVar[bool] = True
 
     def __init__(self, *, device: str = "", binding: str = "") -> None:
