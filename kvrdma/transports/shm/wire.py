@@ -17,8 +17,8 @@ from kvrdma.transports.base import Rights
 from kvrdma.transports.regions import TOKEN_NBYTES, RangeStatus
 
 VERSION: Final = 1
-MAX_TICKET: Final = 32
-MAX_PACKET: Final = 128
+MAX_TICKET: Final = 64
+MAX_PACKET: Final = 192
 MAX_FDS: Final = 2
 
 _MAGIC: Final = b"kvrshm"

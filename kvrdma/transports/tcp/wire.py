@@ -21,11 +21,11 @@ from kvrdma.errors import ProtocolError
 from kvrdma.layout import Int64s
 from kvrdma.transports.regions import TOKEN_NBYTES
 
-VERSION: Final = 2
+VERSION: Final = 3
 MAX_RANGES: Final = 1 << 16
 MAX_REGIONS: Final = 1 << 12
 MAX_PAYLOAD: Final = 64 << 20
-MAX_TICKET: Final = 32
+MAX_TICKET: Final = 64
 MAX_STREAMS: Final = 64
 MAX_DEPTH: Final = 8  # requests that may wait for their reply on one stream
 SESSION_NBYTES: Final = 16
