@@ -187,7 +187,6 @@ def test_a_load_that_cannot_be_planned_is_reported_failed(broken: KVRDMAConnecto
         ({"l1_bytes": "lots"}, "64KiB"),
         ({"nic_rate": "1GiB"}, "not built yet"),
         ({"budget_dir": "/x"}, "not built yet"),
-        ({"offload": "hott"}, "did you mean 'hot'"),
         ({"gate": "on"}, "not built yet"),
         ({"coordination": "group"}, "not built yet"),
         ({"l2": "memory://"}, "lives in one process"),
