@@ -9,9 +9,9 @@ import numpy as np
 
 from kvrdma.memory import Memory
 from kvrdma.transports import Rights
+from kvrdma.transports.loop import READABLE, WRITABLE, Timer
 from kvrdma.transports.regions import RegionTable
 from kvrdma.transports.tcp.endpoint import TcpEndpoint
-from kvrdma.transports.tcp.loop import READABLE, WRITABLE, Timer
 
 GUARD = 4096
 NBYTES = 4096

@@ -362,7 +362,7 @@ class HandRail(Endpoint):
 
 class HandOwner:
     def __init__(self, names: str) -> None:
-        from kvrdma.transports.tcp.loop import IoLoop
+        from kvrdma.transports.loop import IoLoop
 
         self.tiers = [[name] for name in names]
         self.names = names

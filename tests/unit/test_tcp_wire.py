@@ -31,10 +31,10 @@ from kvrdma.errors import (
 from kvrdma.memory import Memory
 from kvrdma.settings import Settings
 from kvrdma.transports import Endpoint, Opcode, Rights, TransferBatch
+from kvrdma.transports.loop import IoLoop
 from kvrdma.transports.regions import TOKEN_NBYTES, RangeStatus, RegionTable
 from kvrdma.transports.tcp import TcpTransport, wire
 from kvrdma.transports.tcp.iovec import IoCursor, make_iovecs
-from kvrdma.transports.tcp.loop import IoLoop
 from kvrdma.transports.tcp.responder import MAX_REPLIES_QUEUED
 from kvrdma.transports.tcp.session import parse_address
 from kvrdma.transports.tcp.wire import Frame, Greeting, Header

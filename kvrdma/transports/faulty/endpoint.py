@@ -17,7 +17,7 @@ from kvrdma.layout import Bitmap
 from kvrdma.memory import Lease, Memory
 from kvrdma.transports.base import Endpoint, MemoryRegion, Opcode, Priority, Transfer, TransferBatch
 from kvrdma.transports.faulty.plan import Fault, FaultKind
-from kvrdma.transports.tcp.loop import Timer
+from kvrdma.transports.loop import Timer
 
 if TYPE_CHECKING:
     from kvrdma.transports.faulty.transport import FaultyTransport

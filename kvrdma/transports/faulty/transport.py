@@ -20,8 +20,8 @@ from kvrdma.transports.base import (
 )
 from kvrdma.transports.faulty.endpoint import FaultyEndpoint
 from kvrdma.transports.faulty.plan import FaultPlan
+from kvrdma.transports.loop import IoLoop
 from kvrdma.transports.tcp import TcpTransport
-from kvrdma.transports.tcp.loop import IoLoop
 
 
 class FaultyTransport(Transport):

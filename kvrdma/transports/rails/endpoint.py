@@ -25,9 +25,9 @@ from kvrdma.transports.base import (
     call_guarded,
     check_open,
 )
+from kvrdma.transports.loop import IoLoop
 from kvrdma.transports.rails.shares import Meter, split
 from kvrdma.transports.rails.wire import decode_token
-from kvrdma.transports.tcp.loop import IoLoop
 
 logger = logging.getLogger(__name__)
 

@@ -26,6 +26,7 @@ from kvrdma.transports.base import (
     check_open,
     take_waiting,
 )
+from kvrdma.transports.loop import IoLoop, Timer
 from kvrdma.transports.rails.endpoint import RailsEndpoint
 from kvrdma.transports.rails.wire import (
     GROUP_NBYTES,
@@ -37,7 +38,6 @@ from kvrdma.transports.rails.wire import (
     encode_token,
 )
 from kvrdma.transports.regions import RegionTable
-from kvrdma.transports.tcp.loop import IoLoop, Timer
 
 logger = logging.getLogger(__name__)
 

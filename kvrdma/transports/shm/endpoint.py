@@ -29,12 +29,12 @@ from kvrdma.transports.base import (
     call_guarded,
     check_open,
 )
+from kvrdma.transports.loop import READABLE, WRITABLE, IoLoop, Timer
 from kvrdma.transports.regions import TOKEN_NBYTES, RangeStatus, RegionTable, check_ranges, explain
 from kvrdma.transports.shm import wire
 from kvrdma.transports.shm.copying import CopyThreads, Piece
 from kvrdma.transports.shm.keys import PAGE_NBYTES, LiveKeys, PeerKeys
 from kvrdma.transports.shm.mapping import Mapping, map_shared, open_to_share
-from kvrdma.transports.tcp.loop import READABLE, WRITABLE, IoLoop, Timer
 
 PIECE_NBYTES: Final = 4 << 20  # copied in one go: an abort waits for about so much
 _PIECE_RANGES: Final = 4096

@@ -44,13 +44,13 @@ from kvrdma.transports.base import (
     check_open,
     take_waiting,
 )
+from kvrdma.transports.loop import READABLE, IoLoop, Timer
 from kvrdma.transports.regions import RegionTable
 from kvrdma.transports.shm import wire
 from kvrdma.transports.shm.copying import CopyThreads, default_threads
 from kvrdma.transports.shm.endpoint import ShmEndpoint
 from kvrdma.transports.shm.keys import LiveKeys
 from kvrdma.transports.shm.mapping import check_shareable
-from kvrdma.transports.tcp.loop import READABLE, IoLoop, Timer
 
 logger = logging.getLogger(__name__)
 

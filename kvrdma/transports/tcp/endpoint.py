@@ -28,10 +28,10 @@ from kvrdma.transports.base import (
     call_guarded,
     check_open,
 )
+from kvrdma.transports.loop import IoLoop, Timer
 from kvrdma.transports.regions import TOKEN_NBYTES, RangeStatus, RegionTable, explain
 from kvrdma.transports.tcp import wire
 from kvrdma.transports.tcp.iovec import make_iovecs
-from kvrdma.transports.tcp.loop import IoLoop, Timer
 from kvrdma.transports.tcp.responder import Responder
 from kvrdma.transports.tcp.stream import OutFrame, Stream
 from kvrdma.transports.tcp.wire import Frame, Header

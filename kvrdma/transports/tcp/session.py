@@ -28,8 +28,8 @@ from kvrdma.errors import (
 from kvrdma.logs import LimitedLog
 from kvrdma.settings import Url, host_and_port
 from kvrdma.transports.base import Endpoint, Listener, SecretOf, call_guarded, check_open, take_waiting
+from kvrdma.transports.loop import READABLE, IoLoop, Timer
 from kvrdma.transports.tcp import wire
-from kvrdma.transports.tcp.loop import READABLE, IoLoop, Timer
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ import numpy as np
 
 from kvrdma.errors import ProtocolError, TransportError
 from kvrdma.layout import Int64s
+from kvrdma.transports.loop import READABLE, WRITABLE, IoLoop
 from kvrdma.transports.tcp.iovec import IoCursor
-from kvrdma.transports.tcp.loop import READABLE, WRITABLE, IoLoop
 from kvrdma.transports.tcp.wire import HEADER_NBYTES, Header
 
 logger = logging.getLogger(__name__)

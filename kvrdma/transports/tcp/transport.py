@@ -17,10 +17,10 @@ from kvrdma.transports.base import (
     Transport,
     check_open,
 )
+from kvrdma.transports.loop import IoLoop
 from kvrdma.transports.regions import RegionTable
 from kvrdma.transports.tcp import wire
 from kvrdma.transports.tcp.endpoint import TcpEndpoint
-from kvrdma.transports.tcp.loop import IoLoop
 from kvrdma.transports.tcp.session import StreamListener, keep_alive, open_listener, open_streams
 
 _LOCAL_SNDBUF_NBYTES: Final = 512 << 10

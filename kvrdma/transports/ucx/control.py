@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Final
 
 from kvrdma.errors import TransportError
-from kvrdma.transports.tcp.loop import READABLE, WRITABLE, IoLoop
+from kvrdma.transports.loop import READABLE, WRITABLE, IoLoop
 from kvrdma.transports.ucx.wire import Frame, FrameReader
 
 logger = logging.getLogger(__name__)

@@ -16,8 +16,8 @@ from typing import Final
 from kvrdma.errors import CapacityError, ClosedError, TransportError
 from kvrdma.memory import Memory
 from kvrdma.transports.base import MemoryRegion, check_open
+from kvrdma.transports.loop import IoLoop
 from kvrdma.transports.regions import RegionTable
-from kvrdma.transports.tcp.loop import IoLoop
 from kvrdma.transports.ucx.control import ControlStream
 from kvrdma.transports.ucx.endpoint import Landing, UcxEndpoint
 from kvrdma.transports.ucx.library import load_library

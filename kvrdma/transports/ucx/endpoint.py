@@ -30,8 +30,8 @@ from kvrdma.transports.base import (
     call_guarded,
     check_open,
 )
+from kvrdma.transports.loop import READABLE, Timer
 from kvrdma.transports.regions import TOKEN_NBYTES, RangeStatus, explain
-from kvrdma.transports.tcp.loop import READABLE, Timer
 from kvrdma.transports.ucx import declarations as c
 from kvrdma.transports.ucx.wire import PROBE_NBYTES, Frame, Grant, Hello, Kind
 from kvrdma.transports.ucx.worker import Worker

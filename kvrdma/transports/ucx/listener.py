@@ -16,8 +16,8 @@ from kvrdma.auth import PROOF_NBYTES, Role, make_nonce
 from kvrdma.errors import AuthenticationError, ClosedError, DeadlineError, ProtocolError, TransportError
 from kvrdma.settings import host_and_port
 from kvrdma.transports.base import Endpoint, Listener, SecretOf, call_guarded, check_open, take_waiting
+from kvrdma.transports.loop import READABLE, Timer
 from kvrdma.transports.tcp import keep_alive
-from kvrdma.transports.tcp.loop import READABLE, Timer
 from kvrdma.transports.ucx import wire
 from kvrdma.transports.ucx.core import Core
 from kvrdma.transports.ucx.settings import Lanes

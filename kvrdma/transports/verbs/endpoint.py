@@ -26,8 +26,8 @@ from kvrdma.transports.base import (
     call_guarded,
     check_open,
 )
+from kvrdma.transports.loop import READABLE, WRITABLE, IoLoop
 from kvrdma.transports.regions import TOKEN_NBYTES
-from kvrdma.transports.tcp.loop import READABLE, WRITABLE, IoLoop
 from kvrdma.transports.verbs import exchange
 from kvrdma.transports.verbs.binding import Status
 from kvrdma.transports.verbs.exchange import Frame, Grant

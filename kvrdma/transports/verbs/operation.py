@@ -11,8 +11,8 @@ import numpy as np
 from kvrdma.errors import KVRDMAError, RegionError
 from kvrdma.layout import Bitmap, Int64s
 from kvrdma.transports.base import Opcode, Rights, Transfer, TransferBatch
+from kvrdma.transports.loop import Timer
 from kvrdma.transports.regions import RangeStatus, check_ranges, explain
-from kvrdma.transports.tcp.loop import Timer
 from kvrdma.transports.verbs.binding import Wr
 from kvrdma.transports.verbs.exchange import Grant
 from kvrdma.transports.verbs.rail import Rail

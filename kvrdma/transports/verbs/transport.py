@@ -18,8 +18,8 @@ from kvrdma.transports.base import (
     Transport,
     check_open,
 )
+from kvrdma.transports.loop import IoLoop
 from kvrdma.transports.tcp import keep_alive
-from kvrdma.transports.tcp.loop import IoLoop
 from kvrdma.transports.tcp.session import StreamListener, open_listener, open_streams
 from kvrdma.transports.verbs.binding import Binding, load_binding
 from kvrdma.transports.verbs.devices import list_ports, pick_port
