@@ -19,7 +19,7 @@ try:
 except TransportError as error:
     pytest.skip(f"{error}", allow_module_level=True)
 
-LOST_RACE = "UCX's TCP asserts now and then where one end connects while the other closes; tests/rdma runs it over RDMA"
+LOST_RACE = "UCX ends its process now and then where one end connects while the other closes: not tested anywhere yet"
 
 
 class TestUcxOverLoopback(TransportSuite):

@@ -23,6 +23,7 @@ from kvrdma.server import PoolServer, ServerSettings
 from kvrdma.server.app import MAX_STRANGERS
 from kvrdma.settings import Settings
 from kvrdma.transports.tcp import TcpTransport
+from kvrdma.transports.tcp.wire import GREETING_NBYTES
 
 TOKEN = "a-token-for-these-tests-0123456789"
 OTHER = "a-token-of-somebody-else-01234567"
@@ -273,7 +274,7 @@ def test_strangers_do_not_fill_the_log(guarded: Server, token_file: str) -> None
         host, port = raw.data_address.rsplit(":", 1)
         for _ in range(n):
             with socket.create_connection((host, int(port)), timeout=PATIENCE_S) as sock:
-                sock.sendall(bytes(100))
+                sock.sendall(bytes(GREETING_NBYTES))
                 with contextlib.suppress(ConnectionError):
                     while sock.recv(4096):
                         pass
