@@ -8,7 +8,6 @@ transfer is terminal. No order is promised between ranges or between transfers.
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -355,20 +354,6 @@ def call_guarded(callback: Callable[..., None], *args: Any) -> None:
         callback(*args)
     except Exception:
         logger.exception("a callback failed: %r", callback)
-
-
-def take_waiting(ready: queue.SimpleQueue[Endpoint | None]) -> list[Endpoint]:
-    """Empty a listener's queue; the None that says that it is closed stays in it."""
-    taken: list[Endpoint] = []
-    while True:
-        try:
-            endpoint = ready.get_nowait()
-        except queue.Empty:
-            return taken
-        if endpoint is None:
-            ready.put(None)
-            return taken
-        taken.append(endpoint)
 
 
 def check_open(closed: bool, what: str) -> None:

@@ -29,8 +29,8 @@ from kvrdma.transports.base import (
     Transport,
     call_guarded,
     check_open,
-    take_waiting,
 )
+from kvrdma.transports.listeners import QueueListener
 from kvrdma.transports.regions import TOKEN_NBYTES, RangeStatus, RegionTable, explain
 
 _listeners: dict[str, InprocListener] = {}
@@ -80,7 +80,7 @@ class InprocTransport(Transport):
         here.join(there)
         self.adopt(here)
         listener.transport.adopt(there)
-        listener.admit(there)
+        listener.deliver(there)
         return here
 
     def listen(self, address: str, *, secret_of: SecretOf | None = None) -> Listener:
@@ -117,58 +117,23 @@ class InprocTransport(Transport):
         return address in _listeners
 
 
-class InprocListener(Listener):
+class InprocListener(QueueListener):
     """Hands the other end of each connection to whoever accepts."""
 
     def __init__(self, transport: InprocTransport, name: str, secret_of: SecretOf | None) -> None:
+        super().__init__("inproc")
         self.transport = transport
         self.secret_of = secret_of
         self._name = name
-        self._ready: queue.SimpleQueue[Endpoint | None] = queue.SimpleQueue()
-        self._callback: Callable[[Endpoint], None] | None = None
-        self._guard = threading.Lock()
-        self._closed = False
 
     @property
     def contact_address(self) -> str:
         """The name."""
         return self._name
 
-    def admit(self, endpoint: Endpoint) -> None:
-        """Take a new peer's endpoint."""
-        with self._guard:
-            callback = self._callback
-            if callback is None:
-                self._ready.put(endpoint)
-        if callback is not None:
-            call_guarded(callback, endpoint)
-
-    def accept(self, *, timeout: float) -> Endpoint:
-        """Wait for the next peer."""
-        check_open(self._closed, "inproc listener")
-        try:
-            endpoint = self._ready.get(timeout=timeout)
-        except queue.Empty:
-            raise DeadlineError(f"inproc: nobody connected to {self._name!r} within {timeout} s") from None
-        if endpoint is None:
-            self._ready.put(None)  # for the next one who waits
-            raise ClosedError("inproc listener: closed")
-        return endpoint
-
-    def on_endpoint(self, callback: Callable[[Endpoint], None]) -> None:
-        """Hand every endpoint that nobody has accepted to a callback."""
-        with self._guard:
-            self._callback = callback
-        for endpoint in take_waiting(self._ready):
-            call_guarded(callback, endpoint)
-
-    def close(self) -> None:
-        """Accept no more."""
-        if not self._closed:
-            self._closed = True
-            with _guard:
-                _listeners.pop(self._name, None)
-            self._ready.put(None)
+    def _shut(self) -> None:
+        with _guard:
+            _listeners.pop(self._name, None)
 
 
 _Job = tuple[int, int, TransferBatch | None, Transfer | None, float | None]

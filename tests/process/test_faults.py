@@ -46,8 +46,8 @@ IMPATIENT = """
 import asyncio
 from kvrdma.cli.serve import _serve
 from kvrdma.server import PoolServer, ServerSettings, app, connection
-from kvrdma.transports.tcp import session
-app.HELLO_TIMEOUT_S = connection.FRAME_TIMEOUT_S = session.GREETING_TIMEOUT_S = 2.0
+from kvrdma.transports import listeners
+app.HELLO_TIMEOUT_S = connection.FRAME_TIMEOUT_S = listeners.GREETING_TIMEOUT_S = 2.0
 asyncio.run(_serve(PoolServer(ServerSettings(port=0, capacity=16 << 20))))
 """
 WITHOUT_LOCKED_MEMORY = """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import queue
 import secrets
 import threading
 import time
@@ -22,10 +21,9 @@ from kvrdma.transports.base import (
     Rights,
     SecretOf,
     Transport,
-    call_guarded,
     check_open,
-    take_waiting,
 )
+from kvrdma.transports.listeners import QueueListener
 from kvrdma.transports.loop import IoLoop, Timer
 from kvrdma.transports.rails.endpoint import RailsEndpoint
 from kvrdma.transports.rails.wire import (
@@ -384,21 +382,18 @@ class Waiter:
             self._endpoint.end(TransportError("rails: the last one ended, and the peer brought no other"))
 
 
-class RailsListener(Listener):
+class RailsListener(QueueListener):
     """Puts the rails of one connection together. A peer that uses one transport alone gets its endpoint as it is."""
 
     def __init__(
         self, transport: RailsTransport, secret_of: SecretOf | None, adopt: Callable[[RailsEndpoint], None]
     ) -> None:
+        super().__init__("rails")
         self._transport = transport
         self._secret_of = secret_of
         self._adopt = adopt
         self._inner: dict[str, Listener] = {}
         self._groups: dict[bytes, RailsEndpoint] = {}
-        self._ready: queue.SimpleQueue[Endpoint | None] = queue.SimpleQueue()
-        self._callback: Callable[[Endpoint], None] | None = None
-        self._guard = threading.Lock()
-        self._closed = False
 
     def open(self, name: str, address: str) -> None:
         """Listen with one more rail; raises as that rail's `listen`."""
@@ -416,32 +411,9 @@ class RailsListener(Listener):
         """The address of each rail, for a peer that uses one by itself."""
         return {name: inner.contact_address for name, inner in self._inner.items()}
 
-    def accept(self, *, timeout: float) -> Endpoint:
-        """Wait for the next peer."""
-        check_open(self._closed, "rails listener")
-        try:
-            endpoint = self._ready.get(timeout=timeout)
-        except queue.Empty:
-            raise DeadlineError(f"rails: nobody connected within {timeout} s") from None
-        if endpoint is None:
-            self._ready.put(None)  # for the next one who waits
-            raise ClosedError("rails listener: closed")
-        return endpoint
-
-    def on_endpoint(self, callback: Callable[[Endpoint], None]) -> None:
-        """Hand every endpoint that nobody has accepted to a callback."""
-        with self._guard:
-            self._callback = callback
-        for endpoint in take_waiting(self._ready):
-            call_guarded(callback, endpoint)
-
-    def close(self) -> None:
-        """Accept no more."""
-        if not self._closed:
-            self._closed = True
-            for inner in self._inner.values():
-                inner.close()
-            self._ready.put(None)
+    def _shut(self) -> None:
+        for inner in self._inner.values():
+            inner.close()
 
     def _secret(self, ticket: bytes) -> bytes | None:
         rail = RailTicket.decode(ticket)
@@ -454,7 +426,7 @@ class RailsListener(Listener):
     def _on_inner(self, name: str, inner: Endpoint) -> None:
         rail = RailTicket.decode(inner.ticket)
         if rail is None:
-            self._hand_over(inner)
+            self.deliver(inner)
             return
         with self._guard:
             known = self._groups.get(rail.group)
@@ -474,19 +446,11 @@ class RailsListener(Listener):
                 return
         endpoint.add(name, inner)
         if known is None:
-            self._hand_over(endpoint)
+            self.deliver(endpoint)
 
     def _forget(self, group: bytes) -> None:
         with self._guard:
             self._groups.pop(group, None)
-
-    def _hand_over(self, endpoint: Endpoint) -> None:
-        with self._guard:
-            callback = self._callback
-            if callback is None:
-                self._ready.put(endpoint)
-        if callback is not None:
-            call_guarded(callback, endpoint)
 
 
 def _reasons(failures: Mapping[str, KVRDMAError]) -> str:

@@ -7,7 +7,6 @@ import functools
 import itertools
 import logging
 import os
-import queue
 import re
 import secrets
 import socket
@@ -15,22 +14,18 @@ import struct
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import ClassVar, Final
+from typing import Any, ClassVar, Final
 
-from kvrdma.auth import Role, make_nonce
+from kvrdma.auth import Role
 from kvrdma.errors import (
     AuthenticationError,
     CapacityError,
     ClosedError,
     ConfigError,
     DeadlineError,
-    ProtocolError,
     TransportError,
 )
-from kvrdma.logs import LimitedLog
 from kvrdma.memory import Memory
 from kvrdma.transports.base import (
     Endpoint,
@@ -40,11 +35,10 @@ from kvrdma.transports.base import (
     Rights,
     SecretOf,
     Transport,
-    call_guarded,
     check_open,
-    take_waiting,
 )
-from kvrdma.transports.loop import READABLE, IoLoop, Timer
+from kvrdma.transports.listeners import Guest, SocketListener
+from kvrdma.transports.loop import IoLoop
 from kvrdma.transports.regions import RegionTable
 from kvrdma.transports.shm import wire
 from kvrdma.transports.shm.copying import CopyThreads, default_threads
@@ -54,11 +48,7 @@ from kvrdma.transports.shm.mapping import check_shareable
 
 logger = logging.getLogger(__name__)
 
-GREETING_TIMEOUT_S: Final = 5.0
 _BACKLOG: Final = 128
-_MAX_GREETING: Final = 256  # sockets that have not said yet who they are
-_ACCEPTS_A_TURN: Final = 32
-_ACCEPT_PAUSE_S: Final = 0.5
 _RETRY_S: Final = 0.005
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,80}")
 _CREDENTIALS = struct.Struct("3i")
@@ -201,19 +191,7 @@ class ShmTransport(Transport):
         return endpoint
 
 
-@dataclass(slots=True, eq=False)
-class _Guest:
-    """A socket that has not proved itself yet."""
-
-    sock: socket.socket
-    peer: str
-    greeting: wire.Greeting | None = None
-    secret: bytes = field(default=b"", repr=False)
-    challenge: bytes = field(default_factory=make_nonce)
-    timer: Timer | None = None
-
-
-class ShmListener(Listener):
+class ShmListener(SocketListener[Guest]):
     """Accepts processes of our own user that prove themselves."""
 
     def __init__(
@@ -224,124 +202,31 @@ class ShmListener(Listener):
         adopt: Callable[..., Endpoint],
         secret_of: SecretOf | None,
     ) -> None:
-        sock.setblocking(False)
-        self._sock = sock
-        self._secret_of = secret_of
-        self._loop = loop
         self._adopt = adopt
-        self._contact = f"{this_host()}/{name}"
-        self._guests: set[_Guest] = set()
         self._numbers = itertools.count(1)
-        self._strangers = LimitedLog(logger)
-        self._ready: queue.SimpleQueue[Endpoint | None] = queue.SimpleQueue()
-        self._callback: Callable[[Endpoint], None] | None = None
-        self._closed = False
-        loop.call_soon(self._resume)
+        super().__init__("shm", sock, f"{this_host()}/{name}", loop, secret_of)
 
-    @property
-    def contact_address(self) -> str:
-        """What a peer gives to `connect`."""
-        return self._contact
+    def _welcome(self, sock: socket.socket, address: Any) -> Guest:
+        pid = check_user(sock, "a peer")
+        return Guest(sock, f"process {pid} ({next(self._numbers)})")
 
-    def accept(self, *, timeout: float) -> Endpoint:
-        """Wait for the next peer."""
-        check_open(self._closed, "shm listener")
-        try:
-            endpoint = self._ready.get(timeout=timeout)
-        except queue.Empty:
-            raise DeadlineError(f"shm: nobody connected to {self._contact} within {timeout} s") from None
-        if endpoint is None:
-            self._ready.put(None)  # for the next one who waits
-            raise ClosedError("shm listener: closed")
-        return endpoint
+    def _encode_challenge(self, challenge: bytes) -> bytes:
+        return wire.encode_challenge(challenge)
 
-    def on_endpoint(self, callback: Callable[[Endpoint], None]) -> None:
-        """Hand every endpoint that nobody has accepted to a callback."""
-
-        def begin() -> None:
-            self._callback = callback
-            for endpoint in take_waiting(self._ready):
-                call_guarded(callback, endpoint)
-
-        self._loop.run(begin)
-
-    def close(self) -> None:
-        """Accept no more."""
-        if not self._closed:
-            self._closed = True
-            self._loop.run(self._tear_down)
-            self._ready.put(None)
-
-    def _tear_down(self) -> None:
-        self._loop.forget(self._sock.fileno())
-        self._sock.close()
-        for guest in list(self._guests):
-            self._dismiss(guest)
-        self._strangers.close()
-
-    def _resume(self) -> None:
-        if not self._closed:
-            self._loop.watch(self._sock.fileno(), READABLE, lambda _: self._accept())
-
-    def _accept(self) -> None:
-        for _ in range(_ACCEPTS_A_TURN):
-            try:
-                sock, _ = self._sock.accept()
-            except BlockingIOError:
-                return
-            except OSError as error:
-                # Out of descriptors, say: level-triggered, the loop would ask again at once, for ever.
-                logger.warning("shm listener %s: accept failed: %s", self._contact, error)
-                self._loop.forget(self._sock.fileno())
-                self._loop.call_at(time.monotonic() + _ACCEPT_PAUSE_S, self._resume)
-                return
-            try:
-                pid = check_user(sock, "a peer")
-                if len(self._guests) >= _MAX_GREETING:
-                    raise TransportError(f"shm: {_MAX_GREETING} peers have not proved themselves yet")
-            except TransportError as error:
-                self._strangers.warning("shm listener %s: turned away: %s", self._contact, error)
-                sock.close()
-                continue
-            sock.setblocking(False)
-            guest = _Guest(sock, f"process {pid} ({next(self._numbers)})")
-            self._guests.add(guest)
-            self._loop.watch(sock.fileno(), READABLE, partial(self._on_guest, guest))
-            guest.timer = self._loop.call_at(time.monotonic() + GREETING_TIMEOUT_S, partial(self._dismiss, guest))
-
-    def _on_guest(self, guest: _Guest, events: int) -> None:
+    def _hear(self, guest: Guest) -> None:
         """Read a greeting and answer with a challenge; then read the proof."""
-        try:
-            packet = guest.sock.recv(wire.MAX_PACKET)
-            if not packet:
-                raise TransportError("closed before it had proved itself")
-            if guest.greeting is None:
-                self._challenge(guest, wire.Greeting.decode(packet))
-                return
-            if not guest.greeting.check(packet, Role.CLIENT, guest.secret, guest.challenge):
-                raise AuthenticationError("its proof does not hold")
-        except BlockingIOError:
+        packet = guest.sock.recv(wire.MAX_PACKET)
+        if not packet:
+            raise TransportError("closed before it had proved itself")
+        if guest.greeting is None:
+            self._challenge(guest, wire.Greeting.decode(packet))
             return
-        except (ProtocolError, AuthenticationError) as error:
-            self._strangers.warning("shm listener %s: %s: %s", self._contact, guest.peer, error)
-            if guest.greeting is None:  # a peer of another version learns which one this is
-                with contextlib.suppress(OSError):
-                    guest.sock.send(wire.encode_challenge(guest.challenge))
-            self._dismiss(guest)
-            return
-        except (OSError, TransportError):
-            self._dismiss(guest)
-            return
+        if not guest.greeting.check(packet, Role.CLIENT, guest.secret, guest.challenge):
+            raise AuthenticationError("its proof does not hold")
+        self._loop.forget(guest.sock.fileno())
         self._admit(guest, guest.greeting)
 
-    def _challenge(self, guest: _Guest, greeting: wire.Greeting) -> None:
-        secret = b"" if self._secret_of is None else self._secret_of(greeting.ticket)
-        if secret is None:
-            raise AuthenticationError("its ticket is not one of ours")
-        guest.greeting, guest.secret = greeting, secret
-        guest.sock.send(wire.encode_challenge(guest.challenge))
-
-    def _admit(self, guest: _Guest, greeting: wire.Greeting) -> None:
+    def _admit(self, guest: Guest, greeting: wire.Greeting) -> None:
         self._strike(guest)
         try:
             endpoint = self._adopt(guest.sock, peer=guest.peer, ticket=greeting.ticket)
@@ -350,26 +235,12 @@ class ShmListener(Listener):
             guest.sock.close()
             return
         # Our proof goes last: once `connect` has returned, this end is known to whoever waits for it here.
-        if self._callback is not None:
-            call_guarded(self._callback, endpoint)
-        else:
-            self._ready.put(endpoint)
+        self.deliver(endpoint)
         try:
             guest.sock.send(greeting.prove(Role.SERVER, guest.secret, guest.challenge))
         except OSError as error:
             logger.debug("shm listener %s: %s left before it was answered: %s", self._contact, guest.peer, error)
             endpoint.abort()
-
-    def _dismiss(self, guest: _Guest) -> None:
-        if guest in self._guests:
-            self._strike(guest)
-            guest.sock.close()
-
-    def _strike(self, guest: _Guest) -> None:
-        self._guests.discard(guest)
-        self._loop.forget(guest.sock.fileno())
-        if guest.timer is not None:
-            guest.timer.cancel()
 
 
 @functools.cache

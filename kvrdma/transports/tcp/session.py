@@ -5,39 +5,31 @@ Shared by the transports that have sockets: for their bytes (tcp), or for the co
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import queue
 import secrets
 import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Final
 
-from kvrdma.auth import PROOF_NBYTES, Role, make_nonce
+from kvrdma.auth import PROOF_NBYTES, Role
 from kvrdma.errors import (
     AuthenticationError,
     ClosedError,
     ConfigError,
     DeadlineError,
-    ProtocolError,
     TransportError,
 )
-from kvrdma.logs import LimitedLog
 from kvrdma.settings import Url, host_and_port
-from kvrdma.transports.base import Endpoint, Listener, SecretOf, call_guarded, check_open, take_waiting
-from kvrdma.transports.loop import READABLE, IoLoop, Timer
+from kvrdma.transports.base import Endpoint, SecretOf
+from kvrdma.transports.listeners import Guest, SocketListener
+from kvrdma.transports.loop import IoLoop
 from kvrdma.transports.tcp import wire
 
 logger = logging.getLogger(__name__)
 
-GREETING_TIMEOUT_S: Final = 5.0
 _BACKLOG: Final = 128
-_MAX_GREETING: Final = 256  # sockets that have not said yet who they are
-_ACCEPTS_A_TURN: Final = 32
-_ACCEPT_PAUSE_S: Final = 0.5
 
 
 def open_streams(
@@ -114,21 +106,15 @@ def open_listener(
 
 
 @dataclass(slots=True, eq=False)
-class _Guest:
-    """A socket that has not proved itself yet, or waits for the other streams of its session."""
+class _Guest(Guest):
+    """One that has proved itself waits for the other streams of its session."""
 
-    sock: socket.socket
-    peer: str
     buffer: bytearray = field(default_factory=lambda: bytearray(wire.GREETING_NBYTES))
     have: int = 0
-    greeting: wire.Greeting | None = None
-    secret: bytes = field(default=b"", repr=False)
-    challenge: bytes = field(default_factory=make_nonce)
     proved: bool = False
-    timer: Timer | None = None
 
 
-class StreamListener(Listener):
+class StreamListener(SocketListener[_Guest]):
     """Accepts streams and joins those of one session into an endpoint, which `adopt` makes of their sockets."""
 
     def __init__(
@@ -140,125 +126,34 @@ class StreamListener(Listener):
         secret_of: SecretOf | None,
         dialect: wire.Dialect = wire.TCP,
     ) -> None:
-        sock.setblocking(False)
-        self._sock = sock
-        self._secret_of = secret_of
-        self._loop = loop
         self._adopt = adopt
         self._dialect = dialect
-        self._name = dialect.name
-        port = sock.getsockname()[1]
-        self._contact = host_and_port(host, port)
-        self._guests: set[_Guest] = set()
-        self._turned_away = LimitedLog(logger)
-        self._ready: queue.SimpleQueue[Endpoint | None] = queue.SimpleQueue()
-        self._callback: Callable[[Endpoint], None] | None = None
-        self._closed = False
-        loop.call_soon(lambda: loop.watch(sock.fileno(), READABLE, lambda _: self._accept()))
+        super().__init__(dialect.name, sock, host_and_port(host, sock.getsockname()[1]), loop, secret_of)
 
-    @property
-    def contact_address(self) -> str:
-        """What a peer gives to `connect`."""
-        return self._contact
+    def _welcome(self, sock: socket.socket, address: Any) -> _Guest:
+        return _Guest(sock, f"{address[0]}:{address[1]}")
 
-    def accept(self, *, timeout: float) -> Endpoint:
-        """Wait for the next peer."""
-        check_open(self._closed, f"{self._name} listener")
-        try:
-            endpoint = self._ready.get(timeout=timeout)
-        except queue.Empty:
-            raise DeadlineError(f"{self._name}: nobody connected to {self._contact} within {timeout} s") from None
-        if endpoint is None:
-            self._ready.put(None)  # for the next one who waits
-            raise ClosedError(f"{self._name} listener: closed")
-        return endpoint
+    def _encode_challenge(self, challenge: bytes) -> bytes:
+        return wire.encode_challenge(challenge, self._dialect)
 
-    def on_endpoint(self, callback: Callable[[Endpoint], None]) -> None:
-        """Hand every endpoint that nobody has accepted to a callback."""
-
-        def begin() -> None:
-            self._callback = callback
-            for endpoint in take_waiting(self._ready):
-                call_guarded(callback, endpoint)
-
-        self._loop.run(begin)
-
-    def close(self) -> None:
-        """Accept no more."""
-        if not self._closed:
-            self._closed = True
-            self._loop.run(self._tear_down)
-            self._ready.put(None)
-
-    def _tear_down(self) -> None:
-        self._loop.forget(self._sock.fileno())
-        self._sock.close()
-        for guest in list(self._guests):
-            self._dismiss(guest)
-        self._turned_away.close()
-
-    def _accept(self) -> None:
-        for _ in range(_ACCEPTS_A_TURN):
-            try:
-                sock, address = self._sock.accept()
-            except BlockingIOError:
-                return
-            except OSError as error:
-                # Out of descriptors, say: level-triggered, the loop would ask again at once, for ever.
-                logger.warning("%s listener %s: accept failed: %s", self._name, self._contact, error)
-                self._loop.forget(self._sock.fileno())
-                self._loop.call_at(time.monotonic() + _ACCEPT_PAUSE_S, self._resume)
-                return
-            if len(self._guests) >= _MAX_GREETING:
-                sock.close()
-                continue
-            sock.setblocking(False)
-            guest = _Guest(sock, f"{address[0]}:{address[1]}")
-            self._guests.add(guest)
-            self._loop.watch(sock.fileno(), READABLE, partial(self._on_guest, guest))
-            guest.timer = self._loop.call_at(time.monotonic() + GREETING_TIMEOUT_S, partial(self._dismiss, guest))
-
-    def _resume(self) -> None:
-        if not self._closed:
-            self._loop.watch(self._sock.fileno(), READABLE, lambda _: self._accept())
-
-    def _on_guest(self, guest: _Guest, events: int) -> None:
+    def _hear(self, guest: _Guest) -> None:
         """Read a greeting and answer with a challenge; then read the proof."""
-        try:
-            n = guest.sock.recv_into(memoryview(guest.buffer)[guest.have :])
-            if n == 0:
-                raise TransportError("closed before it had proved itself")
-            guest.have += n
-            if guest.have < len(guest.buffer):
-                return
-            if guest.greeting is None:
-                self._challenge(guest, wire.Greeting.decode(bytes(guest.buffer), self._dialect))
-                return
-            if not guest.greeting.check(bytes(guest.buffer), Role.CLIENT, guest.secret, guest.challenge):
-                raise AuthenticationError("its proof does not hold")
-        except BlockingIOError:
+        n = guest.sock.recv_into(memoryview(guest.buffer)[guest.have :])
+        if n == 0:
+            raise TransportError("closed before it had proved itself")
+        guest.have += n
+        if guest.have < len(guest.buffer):
             return
-        except (ProtocolError, AuthenticationError) as error:
-            self._turned_away.warning("%s listener %s: %s: %s", self._name, self._contact, guest.peer, error)
-            if guest.greeting is None:  # a peer of another version learns which one this is
-                with contextlib.suppress(OSError):
-                    guest.sock.send(wire.encode_challenge(guest.challenge, self._dialect))
-            self._dismiss(guest)
+        if guest.greeting is None:
+            greeting = wire.Greeting.decode(bytes(guest.buffer), self._dialect)
+            guest.buffer, guest.have = bytearray(PROOF_NBYTES), 0
+            self._challenge(guest, greeting)
             return
-        except (OSError, TransportError):
-            self._dismiss(guest)
-            return
+        if not guest.greeting.check(bytes(guest.buffer), Role.CLIENT, guest.secret, guest.challenge):
+            raise AuthenticationError("its proof does not hold")
         guest.proved = True
         self._loop.forget(guest.sock.fileno())
         self._join(guest.greeting)
-
-    def _challenge(self, guest: _Guest, greeting: wire.Greeting) -> None:
-        secret = b"" if self._secret_of is None else self._secret_of(greeting.ticket)
-        if secret is None:
-            raise AuthenticationError("its ticket is not one of ours")
-        guest.greeting, guest.secret = greeting, secret
-        guest.buffer, guest.have = bytearray(PROOF_NBYTES), 0
-        guest.sock.send(wire.encode_challenge(guest.challenge, self._dialect))
 
     def _join(self, greeting: wire.Greeting) -> None:
         """Make an endpoint once the last of a session's streams has proved itself."""
@@ -277,32 +172,18 @@ class StreamListener(Listener):
         try:
             endpoint = self._adopt([guest.sock for _, guest in mates], peer=peer, ticket=greeting.ticket)
         except (OSError, ClosedError) as error:
-            logger.debug("%s listener %s: %s: %s", self._name, self._contact, peer, error)
+            logger.debug("%s listener %s: %s: %s", self._scheme, self._contact, peer, error)
             for _, guest in mates:
                 guest.sock.close()
             return
         # Our proofs go last: once `connect` has returned, this end is known to whoever waits for it here.
-        if self._callback is not None:
-            call_guarded(self._callback, endpoint)
-        else:
-            self._ready.put(endpoint)
+        self.deliver(endpoint)
         try:
             for said, guest in mates:
                 guest.sock.send(said.prove(Role.SERVER, guest.secret, guest.challenge))
         except OSError as error:
-            logger.debug("%s listener %s: %s left before it was answered: %s", self._name, self._contact, peer, error)
+            logger.debug("%s listener %s: %s left before it was answered: %s", self._scheme, self._contact, peer, error)
             endpoint.abort()
-
-    def _dismiss(self, guest: _Guest) -> None:
-        if guest in self._guests:
-            self._strike(guest)
-            self._loop.forget(guest.sock.fileno())
-            guest.sock.close()
-
-    def _strike(self, guest: _Guest) -> None:
-        self._guests.discard(guest)
-        if guest.timer is not None:
-            guest.timer.cancel()
 
 
 def parse_address(address: str, *, allow_zero: bool = False, name: str = "tcp") -> tuple[str, int]:
