@@ -8,7 +8,6 @@ import itertools
 import queue
 import threading
 import time
-from collections.abc import Callable
 from typing import ClassVar
 
 import numpy as np
@@ -30,8 +29,9 @@ from kvrdma.transports.base import (
     call_guarded,
     check_open,
 )
+from kvrdma.transports.endpoints import EndpointBase
 from kvrdma.transports.listeners import QueueListener
-from kvrdma.transports.regions import TOKEN_NBYTES, RangeStatus, RegionTable, explain
+from kvrdma.transports.regions import RangeStatus, RegionTable, check_remote, explain
 
 _listeners: dict[str, InprocListener] = {}
 _guard = threading.Lock()
@@ -139,53 +139,27 @@ class InprocListener(QueueListener):
 _Job = tuple[int, int, TransferBatch | None, Transfer | None, float | None]
 
 
-class InprocEndpoint(Endpoint):
+class InprocEndpoint(EndpointBase):
     """Executes its own batches, lowest priority number first, by memmove."""
 
     scheme: ClassVar[str] = "inproc"
 
     def __init__(self, table: RegionTable, peer_table: RegionTable, *, peer: str, ticket: bytes) -> None:
+        super().__init__(peer=peer, ticket=ticket)
         self._table = table
         self._peer_table = peer_table
-        self._peer = peer
-        self._ticket = ticket
         self._other: InprocEndpoint | None = None
         self._jobs: queue.PriorityQueue[_Job] = queue.PriorityQueue()
         self._order = itertools.count()
-        self._guard = threading.Lock()
         self._posted: dict[Transfer, bool] = {}  # those that are not terminal, and whether a thread is finishing it
         self._idle = threading.Condition(self._guard)
         self._cancelled: set[Transfer] = set()
-        self._stop = threading.Event()
-        self._callbacks: list[Callable[[], None]] = []
         self._thread = threading.Thread(target=self._run, name="kvrdma-inproc", daemon=True)
         self._thread.start()
 
     def join(self, other: InprocEndpoint) -> None:
         """Tie both ends together: when one ends, so does the other."""
         self._other, other._other = other, self
-
-    @property
-    def peer(self) -> str:
-        """The name it connected to."""
-        return self._peer
-
-    @property
-    def ticket(self) -> bytes:
-        """What the end that connected said of itself."""
-        return self._ticket
-
-    def closed(self) -> bool:
-        """Whether it was closed or aborted, here or there."""
-        return self._stop.is_set()
-
-    def add_close_callback(self, callback: Callable[[], None]) -> None:
-        """Call back once when the endpoint is closed."""
-        with self._guard:
-            if not self._stop.is_set():
-                self._callbacks.append(callback)
-                return
-        callback()
 
     def post(
         self,
@@ -197,12 +171,10 @@ class InprocEndpoint(Endpoint):
     ) -> Transfer:
         """Queue a batch; returns at once."""
         self._table.check(batch.local)
-        for remote in batch.remote:
-            if remote.scheme != InprocTransport.scheme or len(remote.token) != TOKEN_NBYTES:
-                raise RegionError(f"inproc: a remote region of scheme {remote.scheme!r} cannot be used here")
+        check_remote(self.scheme, batch.remote)
         deadline = None if timeout is None else time.monotonic() + timeout
         with self._guard:
-            check_open(self._stop.is_set(), f"inproc endpoint to {self._peer}")
+            check_open(self._closed, str(self))
             transfer = Transfer(len(batch), hold=hold)
             transfer._on_cancel = lambda: self._cancelled.add(transfer)
             self._posted[transfer] = False
@@ -223,10 +195,7 @@ class InprocEndpoint(Endpoint):
 
     def _end(self) -> None:
         caller = threading.current_thread()
-        with self._guard:
-            first = not self._stop.is_set()
-            self._stop.set()
-            callbacks, self._callbacks = self._callbacks, []
+        first, callbacks = self._mark_closed(ClosedError(f"{self}: aborted"))
         if first:
             self._jobs.put((-1, -1, None, None, None))
         elif caller is self._thread or (self._other is not None and caller is self._other._thread):
@@ -236,7 +205,7 @@ class InprocEndpoint(Endpoint):
         with self._guard:
             unfinished = list(self._posted)
         for transfer in unfinished:
-            self._finish(transfer, None, ClosedError(f"inproc endpoint to {self._peer}: aborted"))
+            self._finish(transfer, None, ClosedError(f"{self}: aborted"))
         if caller is not self._thread:
             for transfer in unfinished:
                 transfer.result()  # another thread may be just about to finish it
@@ -246,7 +215,7 @@ class InprocEndpoint(Endpoint):
     def _run(self) -> None:
         while True:
             _, _, batch, transfer, deadline = self._jobs.get()
-            if batch is None or transfer is None or self._stop.is_set():
+            if batch is None or transfer is None or self._closed:
                 return
             if transfer in self._cancelled:
                 self._finish(transfer, None, ClosedError("inproc: cancelled"))
@@ -270,9 +239,9 @@ class InprocEndpoint(Endpoint):
         if refused.size:
             error = RegionError(f"inproc: {explain(int(refused[0]))}")
         for i in np.flatnonzero(ok):
-            if self._stop.is_set():
+            if self._closed:
                 ok[i:] = False
-                error = ClosedError(f"inproc endpoint to {self._peer}: aborted")
+                error = ClosedError(f"{self}: aborted")
                 break
             local = batch.local[batch.local_rows[i]].memory.address + int(batch.local_offsets[i])
             source, target = (int(remote[i]), local) if batch.opcode is Opcode.READ else (local, int(remote[i]))

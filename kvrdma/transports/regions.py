@@ -147,6 +147,13 @@ class RegionTable:
         return status, addresses, memories
 
 
+def check_remote(scheme: str, remote: Sequence[RemoteRegion]) -> None:
+    """Raise `RegionError` where a remote region is not one of a scheme."""
+    for region in remote:
+        if region.scheme != scheme or len(region.token) != TOKEN_NBYTES:
+            raise RegionError(f"{scheme}: a remote region of scheme {region.scheme!r} cannot be used here")
+
+
 def check_ranges(
     base: Int64s, size: Int64s, state: NDArray[np.uint8], rows: Int64s, offsets: Int64s, nbytes: Int64s
 ) -> tuple[NDArray[np.uint8], Int64s]:

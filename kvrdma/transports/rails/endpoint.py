@@ -6,7 +6,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Final, Protocol
 
@@ -25,6 +25,7 @@ from kvrdma.transports.base import (
     call_guarded,
     check_open,
 )
+from kvrdma.transports.endpoints import EndpointBase, wait_for
 from kvrdma.transports.loop import IoLoop
 from kvrdma.transports.rails.shares import Meter, split
 from kvrdma.transports.rails.wire import decode_token
@@ -95,19 +96,14 @@ class _Parked:
     number: int
 
 
-class RailsEndpoint(Endpoint):
+class RailsEndpoint(EndpointBase):
     """Stripes what is posted here over the living rails of the best tier."""
 
     scheme: ClassVar[str] = "rails"
 
     def __init__(self, owner: Owner, *, peer: str, ticket: bytes) -> None:
+        super().__init__(peer=peer, ticket=ticket)
         self._owner = owner
-        self._peer = peer
-        self._ticket = ticket
-        self._guard = threading.Lock()
-        self._closed = False
-        self._error: KVRDMAError = ClosedError(f"rails endpoint to {peer}: closed")
-        self._close_callbacks: list[Callable[[], None]] = []
         self._rails: dict[str, Rail] = {}
         self._meters: dict[str, Meter] = {}  # also of rails that may come back
         self._operations: dict[_Operation, None] = {}
@@ -123,32 +119,10 @@ class RailsEndpoint(Endpoint):
     # -- the interface
 
     @property
-    def peer(self) -> str:
-        """Who is at the other end, for logs."""
-        return self._peer
-
-    @property
-    def ticket(self) -> bytes:
-        """What the end that connected said of itself."""
-        return self._ticket
-
-    @property
     def living(self) -> tuple[str, ...]:
         """The rails that live, best first."""
         with self._guard:
             return tuple(name for tier in self._owner.tiers for name in tier if name in self._rails)
-
-    def closed(self) -> bool:
-        """Whether it was closed, aborted, or lost its last rail."""
-        return self._closed
-
-    def add_close_callback(self, callback: Callable[[], None]) -> None:
-        """Call back once when the endpoint is closed."""
-        with self._guard:
-            if not self._closed:
-                self._close_callbacks.append(callback)
-                return
-        callback()
 
     def post(
         self,
@@ -159,7 +133,7 @@ class RailsEndpoint(Endpoint):
         timeout: float | None = None,
     ) -> Transfer:
         """Queue a batch; returns at once. One that no rail serves in time ends without an end of the endpoint."""
-        check_open(self._closed, f"rails endpoint to {self._peer}")
+        check_open(self._closed, str(self))
         self._owner.check(batch.local)
         if any(remote.scheme != self.scheme for remote in batch.remote):
             raise RegionError("rails: a remote region of another scheme cannot be used here")
@@ -181,7 +155,7 @@ class RailsEndpoint(Endpoint):
         transfer._on_cancel = lambda: self.cancel(operation, ClosedError("rails: cancelled"))
         try:
             with self._guard:
-                check_open(self._closed, f"rails endpoint to {self._peer}")
+                check_open(self._closed, str(self))
                 self._operations[operation] = None
         except ClosedError as closed:
             transfer.finish(ok, closed)
@@ -199,20 +173,16 @@ class RailsEndpoint(Endpoint):
             rails = list(self._rails.values())
             pending = [operation.transfer for operation in self._operations]
         if not self._closed:
-            for transfer in pending:
-                try:
-                    transfer.result(max(0.0, deadline - time.monotonic()))
-                except DeadlineError:
-                    break
+            wait_for(pending, deadline)
             with self._guard:
                 self._closed = True  # so that no rail is brought back
             for rail in rails:
                 rail.endpoint.close(timeout=max(0.0, deadline - time.monotonic()))
-        self.end(ClosedError(f"rails endpoint to {self._peer}: closed"))
+        self.end(ClosedError(f"{self}: closed"))
 
     def abort(self) -> None:
         """End at once."""
-        self.end(ClosedError(f"rails endpoint to {self._peer}: aborted"))
+        self.end(ClosedError(f"{self}: aborted"))
 
     # -- rails come and go
 
@@ -456,11 +426,8 @@ class RailsEndpoint(Endpoint):
 
     def end(self, error: KVRDMAError) -> None:
         """Abort every rail, and make every transfer terminal. Idempotent."""
+        _, callbacks = self._mark_closed(error)
         with self._guard:
-            if not self._closed:
-                self._closed = True
-                self._error = error
-            callbacks, self._close_callbacks = self._close_callbacks, []
             rails = list(self._rails.values())
         for rail in rails:
             rail.endpoint.abort()

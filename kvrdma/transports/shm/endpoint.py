@@ -20,7 +20,6 @@ from kvrdma.errors import ClosedError, DeadlineError, KVRDMAError, ProtocolError
 from kvrdma.layout import Bitmap, Int64s
 from kvrdma.memory import Lease
 from kvrdma.transports.base import (
-    Endpoint,
     Opcode,
     Priority,
     Rights,
@@ -29,8 +28,9 @@ from kvrdma.transports.base import (
     call_guarded,
     check_open,
 )
+from kvrdma.transports.endpoints import EndpointBase, wait_for
 from kvrdma.transports.loop import READABLE, WRITABLE, IoLoop, Timer
-from kvrdma.transports.regions import TOKEN_NBYTES, RangeStatus, RegionTable, check_ranges, explain
+from kvrdma.transports.regions import RangeStatus, RegionTable, check_ranges, check_remote, explain
 from kvrdma.transports.shm import wire
 from kvrdma.transports.shm.copying import CopyThreads, Piece
 from kvrdma.transports.shm.keys import PAGE_NBYTES, LiveKeys, PeerKeys
@@ -76,7 +76,7 @@ class _Operation:
     finisher: int = 0  # the thread that makes it terminal
 
 
-class ShmEndpoint(Endpoint):
+class ShmEndpoint(EndpointBase):
     """Copies what is posted here on the transport's threads, from and to memory that the peer gave for its keys."""
 
     scheme: ClassVar[str] = "shm"
@@ -92,17 +92,12 @@ class ShmEndpoint(Endpoint):
         peer: str,
         ticket: bytes,
     ) -> None:
+        super().__init__(peer=peer, ticket=ticket)
         self._sock = sock
         self._loop = loop
         self._threads = threads
         self._table = table
         self._keys = keys
-        self._peer = peer
-        self._ticket = ticket
-        self._guard = threading.Lock()
-        self._closed = False
-        self._error: KVRDMAError = ClosedError(f"shm endpoint to {peer}: closed")
-        self._close_callbacks: list[Callable[[], None]] = []
         self._operations: dict[_Operation, None] = {}
         self._regions: dict[bytes, _Region] = {}
         self._peer_keys: PeerKeys | None = None
@@ -111,28 +106,6 @@ class ShmEndpoint(Endpoint):
         loop.call_soon(self._start)
 
     # -- the interface, on any thread
-
-    @property
-    def peer(self) -> str:
-        """Who is at the other end, for logs."""
-        return self._peer
-
-    @property
-    def ticket(self) -> bytes:
-        """What the end that connected said of itself."""
-        return self._ticket
-
-    def closed(self) -> bool:
-        """Whether it was closed, aborted, or lost its peer."""
-        return self._closed
-
-    def add_close_callback(self, callback: Callable[[], None]) -> None:
-        """Call back once when the endpoint is closed."""
-        with self._guard:
-            if not self._closed:
-                self._close_callbacks.append(callback)
-                return
-        callback()
 
     def post(
         self,
@@ -143,11 +116,9 @@ class ShmEndpoint(Endpoint):
         timeout: float | None = None,
     ) -> Transfer:
         """Queue a batch; returns at once."""
-        check_open(self._closed, f"shm endpoint to {self._peer}")
+        check_open(self._closed, str(self))
         self._table.check(batch.local)
-        for remote in batch.remote:
-            if remote.scheme != self.scheme or len(remote.token) != TOKEN_NBYTES:
-                raise RegionError(f"shm: a remote region of scheme {remote.scheme!r} cannot be used here")
+        check_remote(self.scheme, batch.remote)
         deadline = None if timeout is None else time.monotonic() + timeout
         transfer = Transfer(len(batch), hold=hold)
         operation = _Operation(batch, transfer, int(priority), deadline, np.ones(len(batch), dtype=np.bool_))
@@ -159,7 +130,7 @@ class ShmEndpoint(Endpoint):
             operation.missing = tokens - operation.regions.keys()
             if operation.missing:
                 with self._guard:
-                    check_open(self._closed, f"shm endpoint to {self._peer}")
+                    check_open(self._closed, str(self))
                     self._loop.call_soon(lambda: self._ask(operation, timeout))
                     self._operations[operation] = None
             else:
@@ -175,15 +146,13 @@ class ShmEndpoint(Endpoint):
         if not self._closed and not self._loop.inside() and not self._threads.inside():
             deadline = time.monotonic() + timeout
             with self._guard:
-                pending = list(self._operations)
-            with contextlib.suppress(DeadlineError):
-                for operation in pending:
-                    operation.transfer.result(max(0.0, deadline - time.monotonic()))
-        self._end(ClosedError(f"shm endpoint to {self._peer}: closed"))
+                pending = [operation.transfer for operation in self._operations]
+            wait_for(pending, deadline)
+        self._end(ClosedError(f"{self}: closed"))
 
     def abort(self) -> None:
         """End at once."""
-        self._end(ClosedError(f"shm endpoint to {self._peer}: aborted"))
+        self._end(ClosedError(f"{self}: aborted"))
 
     # -- a batch's way
 
@@ -191,7 +160,7 @@ class ShmEndpoint(Endpoint):
         """Every region is known: queue what there is to copy. Raises `ClosedError`."""
         pieces = self._plan(operation)
         with self._guard:  # so that an end finds it queued, or not at all
-            check_open(self._closed, f"shm endpoint to {self._peer}")
+            check_open(self._closed, str(self))
             if pieces:
                 operation.pieces_left = len(pieces)
                 self._threads.submit(operation.priority, pieces)
@@ -314,12 +283,7 @@ class ShmEndpoint(Endpoint):
                 self._operations.pop(operation, None)
 
     def _end(self, error: KVRDMAError) -> None:
-        with self._guard:
-            first = not self._closed
-            if first:
-                self._closed = True
-                self._error = error
-            callbacks, self._close_callbacks = self._close_callbacks, []
+        first, callbacks = self._mark_closed(error)
         if first:
             with contextlib.suppress(OSError):
                 self._sock.shutdown(socket.SHUT_RDWR)

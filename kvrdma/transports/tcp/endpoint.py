@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import heapq
 import itertools
 import logging
 import socket
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
@@ -19,7 +17,6 @@ from kvrdma.errors import ClosedError, DeadlineError, KVRDMAError, ProtocolError
 from kvrdma.layout import Bitmap, Int64s
 from kvrdma.memory import Lease
 from kvrdma.transports.base import (
-    Endpoint,
     Opcode,
     Priority,
     RemoteRegion,
@@ -28,8 +25,9 @@ from kvrdma.transports.base import (
     call_guarded,
     check_open,
 )
+from kvrdma.transports.endpoints import LoopEndpoint
 from kvrdma.transports.loop import IoLoop, Timer
-from kvrdma.transports.regions import TOKEN_NBYTES, RangeStatus, RegionTable, explain
+from kvrdma.transports.regions import RangeStatus, RegionTable, check_remote, explain
 from kvrdma.transports.tcp import wire
 from kvrdma.transports.tcp.iovec import make_iovecs
 from kvrdma.transports.tcp.responder import Responder
@@ -84,7 +82,7 @@ def _name_regions(remote: Sequence[RemoteRegion], rows: Int64s) -> tuple[list[by
     return [remote[row].token for row in used], names.astype(np.int64)
 
 
-class TcpEndpoint(Endpoint):
+class TcpEndpoint(LoopEndpoint[_Operation]):
     """Emulates one-sided READ and WRITE: the peer's I/O thread serves requests, its callers never do.
 
     All state below belongs to the loop's thread; other threads only post calls to it.
@@ -95,14 +93,8 @@ class TcpEndpoint(Endpoint):
     def __init__(
         self, socks: Sequence[socket.socket], loop: IoLoop, table: RegionTable, *, peer: str, ticket: bytes
     ) -> None:
-        self._loop = loop
+        super().__init__(loop, peer=peer, ticket=ticket)
         self._table = table
-        self._peer = peer
-        self._ticket = ticket
-        self._closed = False
-        self._close_callbacks: list[Callable[[], None]] = []
-        self._guard = threading.Lock()
-        self._operations: set[_Operation] = set()
         self._waiting: list[tuple[int, int, _Piece]] = []
         self._in_flight: dict[int, _Piece] = {}
         self._numbers = itertools.count(1)
@@ -111,28 +103,6 @@ class TcpEndpoint(Endpoint):
         loop.call_soon(self._start)
 
     # -- the interface, on any thread
-
-    @property
-    def peer(self) -> str:
-        """Who is at the other end, for logs."""
-        return self._peer
-
-    @property
-    def ticket(self) -> bytes:
-        """What the end that connected said of itself."""
-        return self._ticket
-
-    def closed(self) -> bool:
-        """Whether it was closed, aborted, or lost its peer."""
-        return self._closed
-
-    def add_close_callback(self, callback: Callable[[], None]) -> None:
-        """Call back once when the endpoint is closed."""
-        with self._guard:
-            if not self._closed:
-                self._close_callbacks.append(callback)
-                return
-        callback()
 
     def post(
         self,
@@ -143,11 +113,9 @@ class TcpEndpoint(Endpoint):
         timeout: float | None = None,
     ) -> Transfer:
         """Queue a batch; returns at once."""
-        check_open(self._closed, f"tcp endpoint to {self._peer}")
+        check_open(self._closed, str(self))
         self._table.check(batch.local)
-        for remote in batch.remote:
-            if remote.scheme != "tcp" or len(remote.token) != TOKEN_NBYTES:
-                raise RegionError(f"tcp: a remote region of scheme {remote.scheme!r} cannot be used here")
+        check_remote(self.scheme, batch.remote)
         n = len(batch)
         operation = _Operation(Transfer(n, hold=hold), np.ones(n, dtype=np.bool_), 0)
         transfer = operation.transfer
@@ -164,33 +132,6 @@ class TcpEndpoint(Endpoint):
             transfer.finish(operation.ok, error)
             raise
         return transfer
-
-    def close(self, *, timeout: float = 5.0) -> None:
-        """Let posted transfers end, then close."""
-        if self._closed:
-            return
-        if not self._loop.inside():
-            deadline = time.monotonic() + timeout
-            pending: list[Transfer] = []
-            self._loop.run(lambda: pending.extend(op.transfer for op in self._operations))
-            for transfer in pending:
-                try:
-                    transfer.result(max(0.0, deadline - time.monotonic()))
-                except DeadlineError:
-                    break
-        self._loop.run(self._say_goodbye)
-        self._end(ClosedError(f"tcp endpoint to {self._peer}: closed"))
-
-    def abort(self) -> None:
-        """End at once."""
-        self._end(ClosedError(f"tcp endpoint to {self._peer}: aborted"))
-
-    def _ask_to_cancel(self, operation: _Operation) -> None:
-        with contextlib.suppress(ClosedError):  # the loop has ended, and every transfer with it
-            self._loop.call_soon(lambda: self._cancel(operation))
-
-    def _end(self, error: KVRDMAError) -> None:
-        self._loop.run(lambda: self._tear_down(error))
 
     def _split(self, batch: TransferBatch, operation: _Operation, priority: int) -> list[_Piece]:
         """Cut a batch into pieces that go as one request each, ranges that are too long included."""
@@ -262,7 +203,7 @@ class TcpEndpoint(Endpoint):
     def _submit(self, operation: _Operation, pieces: list[_Piece], timeout: float | None) -> None:
         if self._closed:
             operation.ok[:] = False
-            operation.transfer.finish(operation.ok, ClosedError(f"tcp endpoint to {self._peer}: closed"))
+            operation.transfer.finish(operation.ok, ClosedError(f"{self}: closed"))
             return
         self._operations.add(operation)
         if timeout is not None:
@@ -324,19 +265,18 @@ class TcpEndpoint(Endpoint):
         self._cancel(operation, DeadlineError(f"tcp: {self._peer} did not serve a batch within {timeout} s"))
 
     def _give_up(self, timeout: float) -> None:
-        self._tear_down(DeadlineError(f"tcp: {self._peer} left a cancelled batch open for {timeout} s"))
+        self.tear_down(DeadlineError(f"tcp: {self._peer} left a cancelled batch open for {timeout} s"))
 
     def _say_goodbye(self) -> None:
         if not self._closed:
             for stream in self._streams:
                 stream.send(OutFrame(wire.encode_note(Frame.GOODBYE), _URGENT))
 
-    def _tear_down(self, error: KVRDMAError) -> None:
-        with self._guard:
-            if self._closed:
-                return
-            self._closed = True
-            callbacks, self._close_callbacks = self._close_callbacks, []
+    def tear_down(self, error: KVRDMAError) -> None:
+        """End at once, on the loop's thread. Idempotent."""
+        first, callbacks = self._mark_closed(error)
+        if not first:
+            return
         for stream in self._streams:
             stream.close()
         self._responder.clear()
@@ -355,7 +295,7 @@ class TcpEndpoint(Endpoint):
         """Give up the endpoint: its other streams could not tell which bytes are missing."""
         if isinstance(error, ProtocolError):
             logger.warning("tcp endpoint to %s: %s", self._peer, error)
-        self._tear_down(TransportError(f"{error} ({self._peer})"))
+        self.tear_down(TransportError(f"{error} ({self._peer})"))
 
     def on_frame(self, stream: Stream, header: Header, body: bytes) -> tuple[Int64s, Any] | None:
         """Serve a request, or match a reply with its piece."""
@@ -369,7 +309,7 @@ class TcpEndpoint(Endpoint):
             case Frame.CANCEL:
                 self._responder.cancel(stream, header)
             case Frame.GOODBYE:
-                self._tear_down(ClosedError(f"tcp: {self._peer} closed the connection"))
+                self.tear_down(ClosedError(f"tcp: {self._peer} closed the connection"))
         return None
 
     def on_payload(self, stream: Stream, header: Header) -> None:

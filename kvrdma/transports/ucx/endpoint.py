@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import heapq
 import itertools
@@ -21,7 +20,6 @@ from kvrdma.errors import ClosedError, DeadlineError, KVRDMAError, ProtocolError
 from kvrdma.layout import Bitmap
 from kvrdma.memory import Lease
 from kvrdma.transports.base import (
-    Endpoint,
     Opcode,
     Priority,
     Rights,
@@ -30,8 +28,9 @@ from kvrdma.transports.base import (
     call_guarded,
     check_open,
 )
+from kvrdma.transports.endpoints import LoopEndpoint
 from kvrdma.transports.loop import READABLE, Timer
-from kvrdma.transports.regions import TOKEN_NBYTES, RangeStatus, explain
+from kvrdma.transports.regions import RangeStatus, check_remote, explain
 from kvrdma.transports.ucx import declarations as c
 from kvrdma.transports.ucx.wire import PROBE_NBYTES, Frame, Grant, Hello, Kind
 from kvrdma.transports.ucx.worker import Worker
@@ -101,7 +100,7 @@ class _Operation:
     ended: bool = False
 
 
-class UcxEndpoint(Endpoint):
+class UcxEndpoint(LoopEndpoint[_Operation]):
     """One worker of UCX, one control socket. All state belongs to the loop's thread; others post calls to it.
 
     A peer's token is asked after over the control socket when it is first used: the answer says where its memory
@@ -112,18 +111,10 @@ class UcxEndpoint(Endpoint):
     scheme: ClassVar[str] = "ucx"
 
     def __init__(self, core: Core, worker: Worker, *, peer: str, ticket: bytes) -> None:
+        super().__init__(core.loop, peer=peer, ticket=ticket)
         self._core = core
-        self._loop = core.loop
         self._worker = worker
-        self._peer = peer
-        self._ticket = ticket
-        self._closed = False
-        self.why: KVRDMAError | None = None
-        """What ended it."""
-        self._guard = threading.Lock()
-        self._close_callbacks: list[Callable[[], None]] = []
         self._numbers = itertools.count(1)
-        self._operations: set[_Operation] = set()
         self._waiting: list[tuple[int, int, _Operation]] = []
         self._n_bytes = 0  # of what is under way
         self._keys: dict[bytes, _Key] = {}
@@ -131,29 +122,12 @@ class UcxEndpoint(Endpoint):
         self._recalled: set[_Key] = set()  # that requests under way still use
         self._told: dict[int, list[threading.Event]] = {}  # exports that the peer knows of, and who waits for their end
 
+    @property
+    def why(self) -> KVRDMAError:
+        """What ended it."""
+        return self._error
+
     # -- the interface, on any thread
-
-    @property
-    def peer(self) -> str:
-        """Who is at the other end, for logs."""
-        return self._peer
-
-    @property
-    def ticket(self) -> bytes:
-        """What the end that connected said of itself."""
-        return self._ticket
-
-    def closed(self) -> bool:
-        """Whether it was closed, aborted, or lost its peer."""
-        return self._closed
-
-    def add_close_callback(self, callback: Callable[[], None]) -> None:
-        """Call back once when the endpoint is closed."""
-        with self._guard:
-            if not self._closed:
-                self._close_callbacks.append(callback)
-                return
-        callback()
 
     def post(
         self,
@@ -164,11 +138,9 @@ class UcxEndpoint(Endpoint):
         timeout: float | None = None,
     ) -> Transfer:
         """Queue a batch; returns at once."""
-        check_open(self._closed, f"ucx endpoint to {self._peer}")
+        check_open(self._closed, str(self))
         self._core.table.check(batch.local)
-        for remote in batch.remote:
-            if remote.scheme != self.scheme or len(remote.token) != TOKEN_NBYTES:
-                raise RegionError(f"ucx: a remote region of scheme {remote.scheme!r} cannot be used here")
+        check_remote(self.scheme, batch.remote)
         n = len(batch)
         transfer = Transfer(n, hold=hold)
         operation = _Operation(batch, transfer, int(priority), next(self._numbers), np.ones(n, dtype=np.bool_))
@@ -183,39 +155,15 @@ class UcxEndpoint(Endpoint):
             raise
         return transfer
 
-    def close(self, *, timeout: float = 5.0) -> None:
-        """Let posted transfers end, then close."""
-        if self._closed:
-            return
-        if not self._loop.inside():
-            deadline = time.monotonic() + timeout
-            pending: list[Transfer] = []
-            self._loop.run(lambda: pending.extend(op.transfer for op in self._operations))
-            for transfer in pending:
-                try:
-                    transfer.result(max(0.0, deadline - time.monotonic()))
-                except DeadlineError:
-                    break
-        self._loop.run(lambda: self._send(Frame(Kind.GOODBYE)))
-        self._end(ClosedError(f"ucx endpoint to {self._peer}: closed"))
-
-    def abort(self) -> None:
-        """End at once, by force: its queue pairs are gone when this returns."""
-        self._end(ClosedError(f"ucx endpoint to {self._peer}: aborted"))
-
-    def _ask_to_cancel(self, operation: _Operation) -> None:
-        with contextlib.suppress(ClosedError):  # the loop has ended, and every transfer with it
-            self._loop.call_soon(lambda: self._cancel(operation, ClosedError("ucx: cancelled")))
-
-    def _end(self, error: KVRDMAError) -> None:
-        self._loop.run(lambda: self.tear_down(error))
+    def _say_goodbye(self) -> None:
+        self._send(Frame(Kind.GOODBYE))
 
     # -- posting, on the loop's thread
 
     def _submit(self, operation: _Operation, timeout: float | None) -> None:
         if self._closed:
             operation.ok[:] = False
-            operation.transfer.finish(operation.ok, ClosedError(f"ucx endpoint to {self._peer}: closed"))
+            operation.transfer.finish(operation.ok, ClosedError(f"{self}: closed"))
             return
         self._operations.add(operation)
         if timeout is not None:
@@ -354,11 +302,11 @@ class UcxEndpoint(Endpoint):
     def _failure(self, status: int) -> KVRDMAError:
         return TransportError(f"ucx: {self._peer}: {self._core.context.library.explain(status)}")
 
-    def _cancel(self, operation: _Operation, error: KVRDMAError) -> None:
+    def _cancel(self, operation: _Operation, error: KVRDMAError | None = None) -> None:
         """Start no more of it. What is under way ends by itself, or with the endpoint."""
         if operation.ended or operation.issued_all:
             return
-        operation.error = operation.error or error
+        operation.error = operation.error or error or ClosedError("ucx: cancelled")
         if operation.n_keys_asked:  # nothing of it has begun
             operation.ok[:] = False
         for row, *_ in operation.pieces:
@@ -410,12 +358,9 @@ class UcxEndpoint(Endpoint):
 
     def tear_down(self, error: KVRDMAError) -> None:
         """End everything, by force. On the loop's thread."""
-        with self._guard:
-            if self._closed:
-                return
-            self._closed = True
-            self.why = error
-            callbacks, self._close_callbacks = self._close_callbacks, []
+        first, callbacks = self._mark_closed(error)
+        if not first:
+            return
         for operation in self._operations:
             operation.error = operation.error or error
         self._core.drop(self)

@@ -9,7 +9,6 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable
 from enum import Enum, auto
 from typing import ClassVar, Final
 
@@ -18,7 +17,6 @@ import numpy as np
 from kvrdma.errors import ClosedError, DeadlineError, KVRDMAError, ProtocolError, RegionError, TransportError
 from kvrdma.memory import Lease
 from kvrdma.transports.base import (
-    Endpoint,
     Opcode,
     Priority,
     Transfer,
@@ -26,8 +24,9 @@ from kvrdma.transports.base import (
     call_guarded,
     check_open,
 )
+from kvrdma.transports.endpoints import LoopEndpoint
 from kvrdma.transports.loop import READABLE, WRITABLE, IoLoop
-from kvrdma.transports.regions import TOKEN_NBYTES
+from kvrdma.transports.regions import check_remote
 from kvrdma.transports.verbs import exchange
 from kvrdma.transports.verbs.binding import Status
 from kvrdma.transports.verbs.exchange import Frame, Grant
@@ -53,7 +52,7 @@ class _State(Enum):
 _NEXT: Final = {Frame.PAIR: (_State.CONNECTING, _State.CONNECTED), Frame.READY: (_State.CONNECTED, _State.OPEN)}
 
 
-class VerbsEndpoint(Endpoint):
+class VerbsEndpoint(LoopEndpoint[Operation]):
     """Posts requests on its own queue pair; what the peer posts is served by the device, without this process.
 
     All state below belongs to the loop's thread; other threads only post calls to it.
@@ -64,19 +63,14 @@ class VerbsEndpoint(Endpoint):
     def __init__(
         self, sock: socket.socket, loop: IoLoop, rail: Rail, registrations: Registrations, *, peer: str, ticket: bytes
     ) -> None:
+        super().__init__(loop, peer=peer, ticket=ticket)
         self._sock = sock
-        self._loop = loop
         self._rail = rail
         self._registrations = registrations
-        self._peer = peer
-        self._ticket = ticket
         self._state = _State.CONNECTING
-        self._guard = threading.Lock()
-        self._close_callbacks: list[Callable[[], None]] = []
         self._settled = threading.Event()
-        self._error: KVRDMAError | None = None
+        self._refusal: KVRDMAError | None = None  # why it never was open
         self._numbers = itertools.count(1)
-        self._operations: set[Operation] = set()
         self._ready: list[Operation] = []
         self._early: list[Operation] = []  # posted before the lane was open
         self._known: dict[bytes, Grant] = {}
@@ -90,35 +84,13 @@ class VerbsEndpoint(Endpoint):
 
     # -- the interface, on any thread
 
-    @property
-    def peer(self) -> str:
-        """Who is at the other end, for logs."""
-        return self._peer
-
-    @property
-    def ticket(self) -> bytes:
-        """What the end that connected said of itself."""
-        return self._ticket
-
-    def closed(self) -> bool:
-        """Whether it was closed, aborted, or lost its peer."""
-        return self._state is _State.CLOSED
-
-    def add_close_callback(self, callback: Callable[[], None]) -> None:
-        """Call back once when the endpoint is closed."""
-        with self._guard:
-            if not self.closed():
-                self._close_callbacks.append(callback)
-                return
-        callback()
-
     def wait_open(self, timeout: float) -> None:
         """Wait until both ends may write to each other; raises what went wrong, or `DeadlineError`."""
         if not self._settled.wait(timeout):
             self.abort()
             raise DeadlineError(f"verbs: {self._peer} did not connect its queue pair within {timeout:.3g} s")
-        if self._error is not None:
-            raise self._error
+        if self._refusal is not None:
+            raise self._refusal
 
     def post(
         self,
@@ -129,11 +101,9 @@ class VerbsEndpoint(Endpoint):
         timeout: float | None = None,
     ) -> Transfer:
         """Queue a batch; returns at once."""
-        check_open(self.closed(), f"verbs endpoint to {self._peer}")
+        check_open(self._closed, str(self))
         self._registrations.table.check(batch.local)
-        for remote in batch.remote:
-            if remote.scheme != self.scheme or len(remote.token) != TOKEN_NBYTES:
-                raise RegionError(f"verbs: a remote region of scheme {remote.scheme!r} cannot be used here")
+        check_remote(self.scheme, batch.remote)
         n = len(batch)
         transfer = Transfer(n, hold=hold)
         operation = Operation(batch, transfer, np.ones(n, dtype=np.bool_), int(priority), next(self._numbers))
@@ -149,37 +119,10 @@ class VerbsEndpoint(Endpoint):
             raise
         return transfer
 
-    def close(self, *, timeout: float = 5.0) -> None:
-        """Let posted transfers end, then close."""
-        if self.closed():
-            return
-        if not self._loop.inside():
-            deadline = time.monotonic() + timeout
-            pending: list[Transfer] = []
-            self._loop.run(lambda: pending.extend(op.transfer for op in self._operations))
-            for transfer in pending:
-                try:
-                    transfer.result(max(0.0, deadline - time.monotonic()))
-                except DeadlineError:
-                    break
-        self._loop.run(self._say_goodbye)
-        self._end(ClosedError(f"verbs endpoint to {self._peer}: closed"))
-
-    def abort(self) -> None:
-        """End at once."""
-        self._end(ClosedError(f"verbs endpoint to {self._peer}: aborted"))
-
     def revoke(self, number: int) -> None:
         """Tell the peer that a key of ours has ended, if it was given that; on any thread."""
         with contextlib.suppress(ClosedError):
             self._loop.call_soon(lambda: self._tell_revoked(number))
-
-    def _ask_to_cancel(self, operation: Operation) -> None:
-        with contextlib.suppress(ClosedError):  # the loop has ended, and every transfer with it
-            self._loop.call_soon(lambda: self._cancel(operation))
-
-    def _end(self, error: KVRDMAError) -> None:
-        self._loop.run(lambda: self._tear_down(error))
 
     # -- on the loop's thread: the control socket
 
@@ -198,7 +141,7 @@ class VerbsEndpoint(Endpoint):
         if not waiting:
             self._flush()
         if len(self._unsent) > _MAX_UNSENT:
-            self._tear_down(ProtocolError(f"verbs: {self._peer} asks, and does not read the answers"))
+            self.tear_down(ProtocolError(f"verbs: {self._peer} asks, and does not read the answers"))
 
     def _flush(self) -> None:
         try:
@@ -206,7 +149,7 @@ class VerbsEndpoint(Endpoint):
         except BlockingIOError:
             sent = 0
         except OSError as error:
-            self._tear_down(TransportError(f"verbs: {self._peer}: {error.strerror or error}"))
+            self.tear_down(TransportError(f"verbs: {self._peer}: {error.strerror or error}"))
             return
         del self._unsent[:sent]
         events = READABLE | (WRITABLE if self._unsent else 0)
@@ -222,10 +165,10 @@ class VerbsEndpoint(Endpoint):
         except BlockingIOError:
             return
         except OSError as error:
-            self._tear_down(TransportError(f"verbs: {self._peer}: {error.strerror or error}"))
+            self.tear_down(TransportError(f"verbs: {self._peer}: {error.strerror or error}"))
             return
         if not data:
-            self._tear_down(TransportError(f"verbs: {self._peer} is gone"))
+            self.tear_down(TransportError(f"verbs: {self._peer} is gone"))
             return
         try:
             for frame, body in self._decoder.feed(data):
@@ -234,7 +177,7 @@ class VerbsEndpoint(Endpoint):
                 self._on_frame(frame, body)
         except ProtocolError as error:
             logger.warning("verbs endpoint to %s: %s", self._peer, error)
-            self._tear_down(error)
+            self.tear_down(error)
 
     def _on_frame(self, frame: Frame, body: bytes) -> None:
         match frame:
@@ -257,7 +200,7 @@ class VerbsEndpoint(Endpoint):
             case Frame.REVOKED:
                 self._known.pop(body, None)
             case Frame.GOODBYE:
-                self._tear_down(ClosedError(f"verbs: {self._peer} closed the connection"))
+                self.tear_down(ClosedError(f"verbs: {self._peer} closed the connection"))
 
     def _connect(self, body: bytes) -> None:
         there = exchange.decode_pair(body)
@@ -265,7 +208,7 @@ class VerbsEndpoint(Endpoint):
         try:
             self._lane.connect(there)
         except OSError as error:
-            self._tear_down(
+            self.tear_down(
                 TransportError(
                     f"verbs: {self._rail.pick.port} cannot connect to the queue pair of {self._peer}: "
                     f"{error.strerror or error}; is there a way between their addresses?"
@@ -293,7 +236,7 @@ class VerbsEndpoint(Endpoint):
     def _submit(self, operation: Operation, timeout: float | None) -> None:
         if self.closed():
             operation.ok[:] = False
-            operation.transfer.finish(operation.ok, ClosedError(f"verbs endpoint to {self._peer}: closed"))
+            operation.transfer.finish(operation.ok, ClosedError(f"{self}: closed"))
             return
         self._operations.add(operation)
         if timeout is not None:
@@ -378,7 +321,7 @@ class VerbsEndpoint(Endpoint):
             failed = TransportError(f"verbs: posting to {self._peer} failed: {error.strerror or error}")
             if operation is not None:
                 operation.fail_posted(first, last, failed)
-            self._tear_down(failed)
+            self.tear_down(failed)
 
     def _progress(self) -> None:
         failure = self._lane.progress(signalled=True)
@@ -411,7 +354,7 @@ class VerbsEndpoint(Endpoint):
         self._cancel(operation, DeadlineError(f"verbs: {self._peer} did not serve a batch within {timeout} s"))
 
     def _give_up(self, timeout: float) -> None:
-        self._tear_down(DeadlineError(f"verbs: {self._peer} left a cancelled batch open for {timeout} s"))
+        self.tear_down(DeadlineError(f"verbs: {self._peer} left a cancelled batch open for {timeout} s"))
 
     # -- on the loop's thread: ends
 
@@ -421,15 +364,14 @@ class VerbsEndpoint(Endpoint):
         what = _explain(failure.status, operation.batch.opcode, self._peer)
         if failure.status in _REGION_FAULTS:
             operation.error = operation.error or RegionError(what)
-        self._tear_down(TransportError(what), failure)
+        self.tear_down(TransportError(what), failure)
 
-    def _tear_down(self, error: KVRDMAError, failure: Failure | None = None) -> None:
-        with self._guard:
-            if self.closed():
-                return
-            connecting = self._state is not _State.OPEN
-            self._state = _State.CLOSED
-            callbacks, self._close_callbacks = self._close_callbacks, []
+    def tear_down(self, error: KVRDMAError, failure: Failure | None = None) -> None:
+        """End at once, on the loop's thread; `failure` is what the queue pair broke by. Idempotent."""
+        first, callbacks = self._mark_closed(error)
+        if not first:
+            return
+        connecting, self._state = self._state is not _State.OPEN, _State.CLOSED
         self._loop.forget(self._sock.fileno())
         self._loop.forget(self._lane.fd)
         self._sock.close()
@@ -444,7 +386,7 @@ class VerbsEndpoint(Endpoint):
             operation.drop_rest(error)
             self._finish(operation)
         if connecting:
-            self._error = error
+            self._refusal = error
             self._settled.set()
         for callback in callbacks:
             call_guarded(callback)
