@@ -37,7 +37,7 @@ class FifoPolicy(EvictionPolicy):
         return chosen if len(chosen) == n else []
 
     def evict(self, key: bytes) -> None:
-        """Forget a victim; FIFO keeps no ghosts."""
+        """Forget a victim; there are no ghosts."""
         del self._touched[key]
 
     def remove(self, key: bytes) -> None:
