@@ -21,10 +21,10 @@ from kvrdma.transports.base import (
     Rights,
     SecretOf,
     Transport,
-    check_open,
 )
 from kvrdma.transports.listeners import QueueListener
 from kvrdma.transports.loop import IoLoop, Timer
+from kvrdma.transports.parts import OpenParts
 from kvrdma.transports.rails.endpoint import RailsEndpoint
 from kvrdma.transports.rails.wire import (
     GROUP_NBYTES,
@@ -71,9 +71,7 @@ class RailsTransport(Transport):
         self.workers = ThreadPoolExecutor(4, thread_name_prefix="kvrdma-rails-connect")
         self._table = RegionTable(self.scheme)
         self._inner: dict[int, dict[str, MemoryRegion]] = {}
-        self._open: set[Endpoint] = set()
-        self._listeners: list[RailsListener] = []
-        self._closed = False
+        self._parts: OpenParts[Endpoint] = OpenParts(self.scheme)
 
     # -- memory
 
@@ -140,7 +138,7 @@ class RailsTransport(Transport):
 
     def connect(self, address: str, *, timeout: float, ticket: bytes = b"", secret: bytes = b"") -> Endpoint:
         """Connect the best rails that both ends have."""
-        check_open(self._closed, "rails transport")
+        self._parts.check()
         check_ticket(ticket)
         addresses = {
             name: inner
@@ -158,7 +156,7 @@ class RailsTransport(Transport):
 
     def listen(self, address: str, *, secret_of: SecretOf | None = None) -> Listener:
         """Listen with every rail that the address names; an empty one is where a rail likes."""
-        check_open(self._closed, "rails transport")
+        self._parts.check()
         addresses = decode_address(address)
         unknown = set(addresses) - set(self.rails)
         if unknown:
@@ -170,34 +168,20 @@ class RailsTransport(Transport):
         except BaseException:
             listener.close()
             raise
-        self._listeners.append(listener)
-        if self._closed:  # meanwhile, by another thread
-            listener.close()
-            raise ClosedError("rails transport: closed")
-        return listener
+        return self._parts.add_listener(listener)
 
     def close(self) -> None:
         """Abort every endpoint, and close every rail."""
-        if self._closed:
+        if not self._parts.close():
             return
-        self._closed = True
-        for listener in self._listeners:
-            listener.close()
-        for endpoint in list(self._open):
-            endpoint.abort()
         self.workers.shutdown()
-        for endpoint in list(self._open):  # of calls that were under way
-            endpoint.abort()
+        self._parts.abort_endpoints()
         for transport in self.rails.values():
             transport.close()
         self.clock.close()
 
     def _adopt(self, endpoint: RailsEndpoint) -> None:
-        self._open.add(endpoint)
-        endpoint.add_close_callback(lambda: self._open.discard(endpoint))
-        if self._closed:
-            endpoint.abort()
-            raise ClosedError("rails transport: closed")
+        self._parts.add_endpoint(endpoint)
 
 
 class Connector:

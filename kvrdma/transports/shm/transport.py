@@ -35,10 +35,10 @@ from kvrdma.transports.base import (
     Rights,
     SecretOf,
     Transport,
-    check_open,
 )
 from kvrdma.transports.listeners import Guest, SocketListener
 from kvrdma.transports.loop import IoLoop
+from kvrdma.transports.parts import OpenParts
 from kvrdma.transports.regions import RegionTable
 from kvrdma.transports.shm import wire
 from kvrdma.transports.shm.copying import CopyThreads, default_threads
@@ -73,9 +73,7 @@ class ShmTransport(Transport):
         self._table = RegionTable(self.scheme, on_revoked=self._keys.end)
         self._loop = IoLoop("kvrdma-shm")
         self._threads = CopyThreads(threads or default_threads())
-        self._open: set[Endpoint] = set()
-        self._listeners: list[ShmListener] = []
-        self._closed = False
+        self._parts: OpenParts[Endpoint] = OpenParts(self.scheme)
 
     @classmethod
     def usable(cls) -> str | None:
@@ -124,7 +122,7 @@ class ShmTransport(Transport):
 
     def connect(self, address: str, *, timeout: float, ticket: bytes = b"", secret: bytes = b"") -> Endpoint:
         """Reach a listener of this host."""
-        check_open(self._closed, "shm transport")
+        self._parts.check()
         if len(ticket) > wire.MAX_TICKET:
             raise ConfigError(f"shm: a ticket has at most {wire.MAX_TICKET} bytes, not {len(ticket)}")
         deadline = time.monotonic() + timeout
@@ -148,7 +146,7 @@ class ShmTransport(Transport):
 
     def listen(self, address: str, *, secret_of: SecretOf | None = None) -> Listener:
         """Open a listener under a name; an empty one picks a free one."""
-        check_open(self._closed, "shm transport")
+        self._parts.check()
         name = parse_address(address) if address else f"kvrdma-{secrets.token_hex(8)}"
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
@@ -161,21 +159,12 @@ class ShmTransport(Transport):
         except ClosedError:
             sock.close()
             raise
-        self._listeners.append(listener)
-        if self._closed:  # meanwhile, by another thread
-            listener.close()
-            raise ClosedError("shm transport: closed")
-        return listener
+        return self._parts.add_listener(listener)
 
     def close(self) -> None:
         """Abort every endpoint, and end the threads."""
-        if self._closed:
+        if not self._parts.close():
             return
-        self._closed = True
-        for listener in self._listeners:
-            listener.close()
-        for endpoint in list(self._open):
-            endpoint.abort()
         self._loop.close()
         self._threads.close()
         self._keys.close()
@@ -183,12 +172,7 @@ class ShmTransport(Transport):
     def _adopt(self, sock: socket.socket, *, peer: str, ticket: bytes) -> Endpoint:
         sock.setblocking(False)
         endpoint = ShmEndpoint(sock, self._loop, self._threads, self._table, self._keys, peer=peer, ticket=ticket)
-        self._open.add(endpoint)
-        endpoint.add_close_callback(lambda: self._open.discard(endpoint))
-        if self._closed:
-            endpoint.abort()
-            raise ClosedError("shm transport: closed")
-        return endpoint
+        return self._parts.add_endpoint(endpoint)
 
 
 class ShmListener(SocketListener[Guest]):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from typing import ClassVar, Final
 
-from kvrdma.errors import ClosedError, ConfigError
+from kvrdma.errors import ConfigError
 from kvrdma.memory import Memory
 from kvrdma.transports.base import (
     Endpoint,
@@ -15,13 +15,13 @@ from kvrdma.transports.base import (
     Rights,
     SecretOf,
     Transport,
-    check_open,
 )
 from kvrdma.transports.loop import IoLoop
+from kvrdma.transports.parts import OpenParts
 from kvrdma.transports.regions import RegionTable
 from kvrdma.transports.tcp import wire
 from kvrdma.transports.tcp.endpoint import TcpEndpoint
-from kvrdma.transports.tcp.session import StreamListener, keep_alive, open_listener, open_streams
+from kvrdma.transports.tcp.session import keep_alive, open_listener, open_streams
 
 _LOCAL_SNDBUF_NBYTES: Final = 512 << 10
 
@@ -41,9 +41,7 @@ class TcpTransport(Transport):
         self._n_streams = streams
         self._table = RegionTable(self.scheme)
         self._loop = IoLoop("kvrdma-tcp")
-        self._open: set[Endpoint] = set()
-        self._listeners: list[StreamListener] = []
-        self._closed = False
+        self._parts: OpenParts[Endpoint] = OpenParts(self.scheme)
 
     def register(self, memory: Memory) -> MemoryRegion:
         """Make memory usable."""
@@ -65,7 +63,7 @@ class TcpTransport(Transport):
 
     def connect(self, address: str, *, timeout: float, ticket: bytes = b"", secret: bytes = b"") -> Endpoint:
         """Open every stream of a new endpoint."""
-        check_open(self._closed, "tcp transport")
+        self._parts.check()
         socks = open_streams(address, self._n_streams, timeout=timeout, ticket=ticket, secret=secret)
         try:
             return self._adopt(socks, peer=address, ticket=ticket)
@@ -76,35 +74,21 @@ class TcpTransport(Transport):
 
     def listen(self, address: str, *, secret_of: SecretOf | None = None) -> Listener:
         """Open a listener on host:port; port 0 picks a free one."""
-        check_open(self._closed, "tcp transport")
+        self._parts.check()
         listener = open_listener(address, self._loop, self._adopt, secret_of)
-        self._listeners.append(listener)
-        if self._closed:  # meanwhile, by another thread
-            listener.close()
-            raise ClosedError("tcp transport: closed")
-        return listener
+        return self._parts.add_listener(listener)
 
     def close(self) -> None:
         """Abort every endpoint and end the I/O thread."""
-        if self._closed:
+        if not self._parts.close():
             return
-        self._closed = True
-        for listener in self._listeners:
-            listener.close()
-        for endpoint in list(self._open):
-            endpoint.abort()
         self._loop.close()
 
     def _adopt(self, socks: list[socket.socket], *, peer: str, ticket: bytes) -> Endpoint:
         for sock in socks:
             _tune(sock)
         endpoint = TcpEndpoint(socks, self._loop, self._table, peer=peer, ticket=ticket)
-        self._open.add(endpoint)
-        endpoint.add_close_callback(lambda: self._open.discard(endpoint))
-        if self._closed:
-            endpoint.abort()
-            raise ClosedError("tcp transport: closed")
-        return endpoint
+        return self._parts.add_endpoint(endpoint)
 
 
 def _tune(sock: socket.socket) -> None:

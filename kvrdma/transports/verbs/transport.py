@@ -16,11 +16,11 @@ from kvrdma.transports.base import (
     Rights,
     SecretOf,
     Transport,
-    check_open,
 )
 from kvrdma.transports.loop import IoLoop
+from kvrdma.transports.parts import OpenParts
 from kvrdma.transports.tcp import keep_alive
-from kvrdma.transports.tcp.session import StreamListener, open_listener, open_streams
+from kvrdma.transports.tcp.session import open_listener, open_streams
 from kvrdma.transports.verbs.binding import Binding, load_binding
 from kvrdma.transports.verbs.devices import list_ports, pick_port
 from kvrdma.transports.verbs.endpoint import VerbsEndpoint
@@ -48,9 +48,7 @@ class VerbsTransport(Transport):
         self._binding: Binding = load_binding(binding)
         self._wanted = device
         self._registrations = Registrations(self._on_revoked)
-        self._open: set[VerbsEndpoint] = set()
-        self._listeners: list[StreamListener] = []
-        self._closed = False
+        self._parts: OpenParts[VerbsEndpoint] = OpenParts(self.scheme)
         if device:
             self._rail("")
         self._loop = IoLoop("kvrdma-verbs")
@@ -73,7 +71,7 @@ class VerbsTransport(Transport):
 
     def connect(self, address: str, *, timeout: float, ticket: bytes = b"", secret: bytes = b"") -> Endpoint:
         """Reach a listener, and connect a queue pair to one of its."""
-        check_open(self._closed, "verbs transport")
+        self._parts.check()
         deadline = time.monotonic() + timeout
         socks = open_streams(address, 1, timeout=timeout, ticket=ticket, secret=secret, dialect=VERBS)
         try:
@@ -86,26 +84,16 @@ class VerbsTransport(Transport):
 
     def listen(self, address: str, *, secret_of: SecretOf | None = None) -> Listener:
         """Open a listener on host:port; port 0 picks a free one."""
-        check_open(self._closed, "verbs transport")
+        self._parts.check()
         listener = open_listener(address, self._loop, self._adopt_guest, secret_of, VERBS)
-        self._listeners.append(listener)
-        if self._closed:  # meanwhile, by another thread
-            listener.close()
-            raise ClosedError("verbs transport: closed")
-        return listener
+        return self._parts.add_listener(listener)
 
     def close(self) -> None:
         """Abort every endpoint, end the I/O thread, deregister all memory and close the devices."""
-        if self._closed:
+        if not self._parts.close():
             return
-        self._closed = True
-        for listener in self._listeners:
-            listener.close()
-        for endpoint in list(self._open):
-            endpoint.abort()
         self._loop.close()
-        for endpoint in list(self._open):  # of calls that were under way
-            endpoint.abort()
+        self._parts.abort_endpoints()
         self._registrations.close()
 
     @classmethod
@@ -131,12 +119,7 @@ class VerbsTransport(Transport):
         sock.setblocking(False)
         keep_alive(sock)
         endpoint = VerbsEndpoint(sock, self._loop, rail, self._registrations, peer=peer, ticket=ticket)
-        self._open.add(endpoint)
-        endpoint.add_close_callback(lambda: self._open.discard(endpoint))
-        if self._closed:
-            endpoint.abort()
-            raise ClosedError("verbs transport: closed")
-        return endpoint
+        return self._parts.add_endpoint(endpoint)
 
     def _adopt_guest(self, socks: list[socket.socket], *, peer: str, ticket: bytes) -> Endpoint:
         """The same for a listener, which lets go of a guest at these errors."""
@@ -146,5 +129,5 @@ class VerbsTransport(Transport):
             raise ClosedError(f"verbs: {error}") from error
 
     def _on_revoked(self, number: int) -> None:
-        for endpoint in list(self._open):
+        for endpoint in self._parts.endpoints():
             endpoint.revoke(number)
