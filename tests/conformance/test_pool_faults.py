@@ -133,6 +133,7 @@ def test_a_byte_that_flips_on_its_way_to_the_server() -> None:
         keys, source, target = bench.keys(3), bench.pool.spans(range(3)), bench.pool.spans(range(8, 11))
         put = bench.put(keys, source)
         assert put.status.tolist() == [PutStatus.STORED, PutStatus.FAILED, PutStatus.STORED]
+        assert "1 of 3 blocks could not be read, or arrived altered" in str(put.error)
         assert plan.counts == {FaultKind.CORRUPT: 1}
         assert count(bench, "put_checksum_failures") == 1
         assert bench.get(keys, target).status.tolist() == [GetStatus.OK, GetStatus.MISSING, GetStatus.OK]

@@ -411,7 +411,9 @@ class PoolBackend(StorageBackend):
             session.end(error)
             raise
         transfer.status[:] = status
-        transfer.conclude()
+        n_failed = int((status == PutStatus.FAILED).sum())
+        wrong = f"pool server {session.peer}: {n_failed} of {len(keys)} blocks could not be read, or arrived altered"
+        transfer.conclude(BackendError(wrong) if n_failed else None)
 
 
 def with_host(address: str, host: str) -> str:
