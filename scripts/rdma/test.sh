@@ -36,7 +36,7 @@ export PYTHONPATH=$PWD
     cat "$share/collected"
     exit 1
 }
-scripts/rdma/run_guest.sh --seconds "${KVRDMA_GUEST_SECONDS:-900}" --share "$share" \
+scripts/rdma/run_guest.sh --seconds "${KVRDMA_GUEST_SECONDS:-420}" --share "$share" \
     env "PYTHONPATH=$PWD" "$python" -m pytest tests/rdma -v --tb=short -p no:cacheprovider \
     --junitxml=/media/junit.xml --override-ini=junit_family=xunit1 "${arguments[@]}" || status=$?
 [[ -z $junit || ! -f $share/junit.xml ]] || cp "$share/junit.xml" "$junit"
